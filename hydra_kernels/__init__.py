@@ -1,0 +1,1 @@
+"""Fused kernels for LoRA fine-tuning and RLHF."""

@@ -1,0 +1,1 @@
+"""RLHF with PPO on one base model."""
