@@ -1,0 +1,1 @@
+"""The implementations of every op. Importing this registers them all."""

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels through the compiled extension."""

@@ -1,0 +1,65 @@
+"""The compiled extension ``hydra_kernels._C``, loaded once and sharing torch's OpenMP runtime.
+
+The extension is linked without an OpenMP library of its own: two runtimes in one process hold two
+pools of threads that spin against each other. Its undefined OpenMP symbols resolve to those of the
+library that torch brought along, which is made global here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_PATTERNS = ("libgomp*.so*", "libiomp5*", "libomp*")
+
+
+def _openmp_libraries() -> list[str]:
+    """Paths of OpenMP runtimes, torch's own first."""
+    package = Path(torch.__file__).parent
+    folders = (package / "lib", package.parent / "torch.libs")
+    found = [str(p) for f in folders for pattern in _PATTERNS for p in sorted(f.glob(pattern))]
+    system = ctypes.util.find_library("gomp")
+    return found + ([system] if system else [])
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("hydra_kernels._C") is None:
+        return None, "the compiled extension is not part of this install (HYDRA_BUILD=none)"
+    if sys.platform == "linux":
+        for path in _openmp_libraries():
+            try:
+                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            except OSError:
+                continue  # the import below fails, with its own reason, if none was loadable
+            break
+    try:
+        return importlib.import_module("hydra_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the compiled extension does not load: {error}"
+
+
+#: The extension, or None; then ``why_not`` says why.
+module, why_not = _load()
+
+
+def missing() -> list[str]:
+    """Why the C++ kernels cannot run, whatever the tensors; empty when they can."""
+    return [] if module is not None else [why_not]
+
+
+def missing_cuda() -> list[str]:
+    """Why the CUDA kernels cannot run, whatever the tensors; empty when they can."""
+    if module is None:
+        return [why_not]
+    if not module.build_info()["cuda"]:
+        return ["the extension was built without CUDA (HYDRA_BUILD=cpu, or no CUDA compiler)"]
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    return []

@@ -1,0 +1,198 @@
+"""Which kernels exist for an op, and which one runs.
+
+A backend adds a :class:`Kernel` per op. ``select`` returns the name of the backend to run. One
+asked for by name, or by the environment variable ``HYDRA_BACKEND``, runs or raises; unasked, the
+first in the op's order that can run the tensors does, and a log line says once why each one before
+it was passed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REFERENCE = "reference"
+# cpu before triton: they compete only where Triton's interpreter stands in for a GPU.
+PRIORITY = ("cuda", "cpu", "triton", REFERENCE)
+
+_log = logging.getLogger("hydra_kernels")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of an op.
+
+    Attributes:
+        fwd: The forward pass, on checked arguments.
+        bwd: The backward pass; None where the forward makes the gradients, or there are none.
+        unsupported: Takes the op's tensors (None where an optional one is absent); returns the
+            reasons it cannot run them, empty when it can.
+        missing: The reasons this install can never run it, whatever the tensors.
+    """
+
+    fwd: Callable
+    bwd: Callable | None
+    unsupported: Callable[..., list[str]]
+    missing: Callable[[], list[str]] = list
+
+
+class Backends(tuple[str, ...]):
+    """Names of the backends an install can run for an op; ``why_not`` has the reasons of the rest.
+
+    A tuple in the order in which they are tried, so ``"cpu" in available_backends("gae")`` asks
+    whether that backend can run.
+    """
+
+    why_not: dict[str, str]
+
+    def __new__(cls, names: Sequence[str], why_not: dict[str, str]) -> Backends:
+        self = super().__new__(cls, names)
+        self.why_not = why_not
+        return self
+
+    def __repr__(self) -> str:
+        rest = "".join(f"; not {name}: {why}" for name, why in self.why_not.items())
+        return f"<{', '.join(self)}{rest}>"
+
+
+_KERNELS: dict[str, dict[str, Kernel]] = {}
+_ORDER: dict[str, tuple[str, ...]] = {}
+
+
+def register(op: str, backend: str, kernel: Kernel) -> None:
+    """Adds ``kernel`` as the implementation of ``op`` by ``backend``; "reference" adds the op."""
+    if backend not in PRIORITY:
+        raise ValueError(f"{op}: no such backend {backend!r} (known: {', '.join(PRIORITY)})")
+    table = _KERNELS.setdefault(op, {})
+    if backend in table:
+        raise ValueError(f"{op} already has a kernel for backend {backend!r}")
+    table[backend] = kernel
+
+
+def prefer(op: str, order: tuple[str, ...]) -> None:
+    """Tries the backends of ``op`` in this order instead of that of ``PRIORITY``."""
+    if sorted(order) != sorted(PRIORITY):
+        raise ValueError(f"{op}: the order must name each of {', '.join(PRIORITY)} once")
+    _ORDER[op] = order
+
+
+def kernel(op: str, backend: str) -> Kernel:
+    return _KERNELS[op][backend]
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The backends written for ``op``, in the order they are tried, runnable here or not."""
+    written = _KERNELS.get(op, {})
+    return tuple(b for b in _ORDER.get(op, PRIORITY) if b == REFERENCE or b in written)
+
+
+def available_backends(op: str | None = None) -> Backends | dict[str, Backends]:
+    """The backends that this install can run for ``op``, and why not the rest.
+
+    Args:
+        op: An op's name, for instance "lora_linear"; None for all of them.
+
+    Returns:
+        A tuple of names, in the order in which they are tried, whose ``why_not`` maps each of the
+        others to its reason; for ``op=None`` a dict of those by op. A backend listed may still
+        refuse particular tensors (a dtype, another device), and then says why.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op is None:
+        return {name: _available(name) for name in sorted(_KERNELS)}
+    if op not in _KERNELS:
+        raise ValueError(f"no such op {op!r} (known: {', '.join(sorted(_KERNELS))})")
+    return _available(op)
+
+
+def _available(op: str) -> Backends:
+    why_not: dict[str, str] = {}
+    names = []
+    for backend in _ORDER.get(op, PRIORITY):
+        missing = _missing(op, backend)
+        if missing:
+            why_not[backend] = "; ".join(missing)
+        else:
+            names.append(backend)
+    return Backends(names, why_not)
+
+
+def runnable(op: str, *tensors: Tensor | None) -> tuple[str, ...]:
+    """The backends that can run ``op`` on these very tensors."""
+    return tuple(name for name in backends(op) if not _reasons(op, name, tensors))
+
+
+def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that runs ``op`` on ``tensors``.
+
+    Raises:
+        NotImplementedError: ``backend``, or the one named by ``HYDRA_BACKEND``, cannot run the
+            tensors; with every reason.
+    """
+    if backend is None:
+        backend = os.environ.get("HYDRA_BACKEND") or None
+    if backend is None:
+        for name in backends(op):
+            reasons = _reasons(op, name, tensors)
+            if not reasons:
+                return name
+            if not torch.compiler.is_compiling():
+                _say_once(op, name, "; ".join(reasons))
+        raise AssertionError("unreachable: the reference runs anything")
+    reasons = _reasons(op, backend, tensors)
+    if reasons:
+        given = ", ".join(
+            f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors if t is not None
+        )
+        why = "; ".join(reasons)
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run {given}: {why}")
+    return backend
+
+
+@functools.cache
+def _say_once(op: str, backend: str, reasons: str) -> None:
+    _log.info("%s: passed over %s: %s", op, backend, reasons)
+
+
+def _missing(op: str, backend: str) -> list[str]:
+    if backend not in PRIORITY:
+        return [f"no such backend (known: {', '.join(PRIORITY)})"]
+    if backend == REFERENCE:
+        return []
+    if backend not in _KERNELS.get(op, {}):
+        return [f"not written for this op (written: {', '.join(backends(op))})"]
+    return _KERNELS[op][backend].missing()
+
+
+def _reasons(op: str, backend: str, tensors: tuple[Tensor | None, ...]) -> list[str]:
+    missing = _missing(op, backend)
+    if missing or backend == REFERENCE:
+        return missing
+    return _KERNELS[op][backend].unsupported(*tensors)
+
+
+def wrong_device(device: str, *tensors: Tensor | None) -> list[str]:
+    """A reason when a tensor is not on a device of the type ``device``."""
+    found = sorted({t.device.type for t in tensors if t is not None} - {device})
+    return [f"needs tensors on {device}, got {', '.join(found)}"] if found else []
+
+
+def wrong_dtype(allowed: Sequence[torch.dtype], *tensors: Tensor | None) -> list[str]:
+    """A reason when a floating-point tensor has none of the dtypes ``allowed``."""
+    found = sorted(
+        {
+            str(t.dtype)
+            for t in tensors
+            if t is not None and t.is_floating_point() and t.dtype not in allowed
+        }
+    )
+    names = ", ".join(str(dtype) for dtype in allowed)
+    return [f"needs {names}, got {', '.join(found)}"] if found else []

@@ -1,0 +1,1 @@
+"""The public functions: checks, choice of backend, differentiation."""
