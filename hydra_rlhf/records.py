@@ -1,0 +1,430 @@
+"""The run folder: what a run writes, and what it shows while it runs.
+
+    config.yaml       every setting of the run
+    run.json          command, versions, machine, commit; also what marks a folder as a run
+    metrics.jsonl     one line a step: stage, step, seconds since the start, figures
+    tensorboard/      the same as TensorBoard events
+    curves.png        the figures that matter, drawn
+    README.md         what the run is, its results, and how to load what it left
+
+``metrics.jsonl`` is the record; the events, the curves and the report are made from the same
+figures. On a terminal progress is a bar for each stage; elsewhere it is a plain line now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hydra_rlhf.errors import UserError
+
+MARKER = "run.json"
+METRICS = "metrics.jsonl"
+PLAIN_WIDTH = 110  # columns where stdout is not a terminal
+PLAIN_LINES = 10  # lines a stage prints there
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "triton")
+
+_log = logging.getLogger(__name__)
+
+
+def open_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Check that a run may be written to ``path``, and make or empty the folder.
+
+    Call it once every other input has been checked: with ``overwrite`` it deletes the run that
+    was there.
+
+    Raises:
+        UserError: the folder holds a run and neither ``overwrite`` nor ``resume`` is set; it holds
+            something that is not a run, which is never deleted; it cannot be made.
+    """
+    path = Path(path)
+    check_run_dir(path, overwrite=overwrite, resume=resume)
+    try:
+        if overwrite and path.exists():
+            for entry in path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to output folder {path}: {error.strerror}") from error
+    return path
+
+
+def check_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """What ``open_run_dir`` refuses, without touching the disk."""
+    path = Path(path)
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume contradict each other")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output folder {path} is a file")
+    existing = next((p for p in (path, *path.parents) if p.exists()), Path("."))
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write to output folder {path}: {existing} is not writable")
+    holds_run = (path / MARKER).is_file()
+    if resume:
+        if not holds_run:
+            raise UserError(f"cannot resume: {path} holds no run")
+        return
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not holds_run:
+        raise UserError(f"output folder {path} is not empty and holds no run: choose another")
+    if not overwrite:
+        raise UserError(
+            f"output folder {path} already holds a run (started {_started(path)}): "
+            "choose another, or pass --overwrite to replace it"
+        )
+
+
+def _started(path: Path) -> str:
+    try:
+        return str(json.loads((path / MARKER).read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "at an unknown time"
+
+
+class Tracker:
+    """Writes a run's records and shows its progress.
+
+    Args:
+        run_dir: An open run folder, or None to show progress and write nothing.
+        config: The run's settings, a dataclass or a mapping of sections; written as config.yaml.
+        command: The command line that was run, for run.json.
+        log_with: Trackers of ``accelerate`` besides TensorBoard, such as "wandb".
+        resume: Add to the records that are there instead of starting new ones.
+        console: Where progress and tables go; the standard output by default.
+        is_main: False on every process but the first: such a tracker is silent and writes nothing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        config: Any = None,
+        *,
+        command: str | None = None,
+        log_with: tuple[str, ...] = (),
+        resume: bool = False,
+        console: Console | None = None,
+        is_main: bool = True,
+    ):
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.console = console or make_console(quiet=not is_main)
+        self.started = time.perf_counter()
+        self._metrics = None
+        self._events: Any = None
+        self._others: list[Any] = []
+        self._global_step = 0
+        if self.run_dir is None or not is_main:
+            self.run_dir = None
+            return
+        settings = plain(config)
+        if not resume:
+            _write_text(self.run_dir / MARKER, json.dumps(describe_run(command), indent=2) + "\n")
+            (self.run_dir / "config.yaml").write_text(
+                yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            )
+        else:
+            self._global_step = len(read_metrics(self.run_dir))
+        self._metrics = open(self.run_dir / METRICS, "a", buffering=1, encoding="utf-8")
+        self._events = _tensorboard_writer(self.run_dir / "tensorboard")
+        if log_with:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            for name in log_with:
+                if name not in LOGGER_TYPE_TO_CLASS:
+                    known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+                    raise UserError(f"unknown tracker {name!r} (known: {known})")
+                tracker = LOGGER_TYPE_TO_CLASS[name](self.run_dir.name)
+                tracker.store_init_configuration(settings)
+                self._others.append(tracker)
+
+    def log(self, step: int, values: Mapping[str, Any], stage: str) -> None:
+        """Record the figures of one step of ``stage``; tensors of one element are read here."""
+        figures = {name: _number(value) for name, value in values.items()}
+        self._global_step += 1
+        if self._metrics is not None:
+            seconds = round(time.perf_counter() - self.started, 3)
+            line = {"stage": stage, "step": step, "time": seconds, **figures}
+            self._metrics.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for name, value in figures.items():
+                if value is not None:
+                    self._events.add_scalar(f"{stage}/{name}", value, step)
+        for tracker in self._others:
+            tracker.log({f"{stage}/{k}": v for k, v in figures.items()}, step=self._global_step)
+
+    @contextlib.contextmanager
+    def progress(self, stage: str, total: int) -> Iterator[ProgressBar]:
+        """A bar of ``total`` steps; ``bar.update(step, loss=..., kl=...)`` moves it."""
+        if self.console.is_terminal:
+            bar: ProgressBar = _RichBar(self.console, stage, total)
+        else:
+            bar = _PlainBar(self.console, stage, total)
+        with bar:
+            yield bar
+
+    def say(self, text: str = "") -> None:
+        """One line of plain text to the screen; brackets in it are not markup."""
+        self.console.print(text, markup=False, highlight=False)
+
+    def show(self, renderable: Any) -> None:
+        """A rich table or other renderable to the screen."""
+        self.console.print(renderable)
+
+    def plot(self) -> Path | None:
+        """Draw curves.png from metrics.jsonl; None where matplotlib is not installed."""
+        if self.run_dir is None:
+            return None
+        from hydra_rlhf import curves
+
+        return curves.draw(read_metrics(self.run_dir), self.run_dir / "curves.png")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file of the run folder, written whole or not at all."""
+        if self.run_dir is not None:
+            _write_text(self.run_dir / name, text)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        for tracker in self._others:
+            tracker.finish()
+        self._others = []
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ProgressBar:
+    """What ``Tracker.progress`` yields."""
+
+    def update(self, step: int, **figures: Any) -> None:
+        """``step`` steps are done; ``figures`` are the ones to show, in this order."""
+        raise NotImplementedError
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+class _RichBar(ProgressBar):
+    def __init__(self, console: Console, stage: str, total: int):
+        self._bar = Progress(
+            TextColumn("[bold]{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task(stage, total=total, figures="")
+
+    def update(self, step: int, **figures: Any) -> None:
+        shown = "  ".join(f"[dim]{_label(k)}[/dim] {format_figure(v)}" for k, v in figures.items())
+        if figures:
+            self._bar.update(self._task, completed=step, figures=shown)
+        else:
+            self._bar.update(self._task, completed=step)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+
+class _PlainBar(ProgressBar):
+    """A line at the first step, at every tenth of the way and at the last."""
+
+    def __init__(self, console: Console, stage: str, total: int):
+        self._console, self._stage, self._total = console, stage, total
+        self._started = time.perf_counter()
+        self._printed = -1
+        self._figures: dict[str, Any] = {}
+
+    def update(self, step: int, **figures: Any) -> None:
+        self._figures.update(figures)
+        part = step * PLAIN_LINES // max(self._total, 1)
+        if part == self._printed:
+            return
+        self._printed = part
+        shown = "".join(f"  {_label(k)} {format_figure(v)}" for k, v in self._figures.items())
+        seconds = time.perf_counter() - self._started
+        self._console.print(
+            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{shown}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def make_console(quiet: bool = False) -> Console:
+    """The standard output; where it is no terminal, wide and without control characters."""
+    if sys.stdout.isatty():
+        return Console(quiet=quiet)
+    return Console(
+        file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False, color_system=None, quiet=quiet
+    )
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, numeric: int = 0) -> Table:
+    """A rich table whose last ``numeric`` columns hold figures, set to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", show_lines=False)
+    for index, name in enumerate(columns):
+        right = index >= len(columns) - numeric
+        made.add_column(name, justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        made.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return made
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = []
+    path = Path(run_dir) / METRICS
+    if not path.exists():
+        return lines
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def format_figure(value: Any) -> str:
+    number = _number(value)
+    if number is None:
+        return "-"
+    if isinstance(number, int):
+        return str(number)
+    if number != 0 and abs(number) < 1e-3:
+        return f"{number:.1e}"
+    return f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}"
+
+
+def plain(config: Any) -> Any:
+    """``config`` as dicts, lists, strings and numbers, for YAML and JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [plain(value) for value in config]
+    if config is None or isinstance(config, (bool, int, float, str)):
+        return config
+    return str(config)
+
+
+def describe_run(command: str | None) -> dict[str, Any]:
+    """When, with what and on what a run was started."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in ("hydra-rlhf", *VERSIONS):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command or "",
+        "commit": _commit(),
+        "versions": versions,
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": device,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from; None where it is installed."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _tensorboard_writer(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning("no TensorBoard events: pip install 'hydra-rlhf[plot]' brings tensorboard")
+        return None
+    return SummaryWriter(str(path))
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _number(value: Any) -> float | int | None:
+    """None for what JSON cannot hold, so that every line of metrics.jsonl is strict JSON."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, (bool, int)):
+        return int(value)
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")

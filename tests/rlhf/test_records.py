@@ -1,0 +1,125 @@
+"""The run folder refuses what it must and records what it is given."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.records import Tracker, check_run_dir, open_run_dir, plain, read_metrics
+
+
+def finished_run(path):
+    with Tracker(open_run_dir(path), {"seed": 3}) as tracker:
+        tracker.log(1, {"loss": 1.0}, "sft")
+    return path
+
+
+def test_an_empty_or_missing_folder_is_taken(tmp_path):
+    assert open_run_dir(tmp_path / "a" / "b").is_dir()
+    assert open_run_dir(tmp_path / "a" / "b").is_dir()
+
+
+def test_another_run_is_refused_and_kept(tmp_path):
+    run = finished_run(tmp_path / "run")
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="already holds a run .*--overwrite"):
+        open_run_dir(run)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_overwrite_empties_a_run(tmp_path):
+    run = finished_run(tmp_path / "run")
+    assert list(open_run_dir(run, overwrite=True).iterdir()) == []
+
+
+def test_overwrite_never_deletes_what_is_not_a_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds no run"):
+        open_run_dir(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_does_not_follow_links(tmp_path):
+    run = finished_run(tmp_path / "run")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("x")
+    (run / "link").symlink_to(tmp_path / "kept")
+    open_run_dir(run, overwrite=True)
+    assert (tmp_path / "kept" / "file").exists()
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"resume": True, "overwrite": True}])
+def test_resume_needs_a_run(tmp_path, options):
+    with pytest.raises(UserError):
+        open_run_dir(tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        check_run_dir(tmp_path / "file")
+
+
+def test_metrics_are_strict_json_with_stage_step_and_time(tmp_path):
+    with Tracker(open_run_dir(tmp_path / "run"), None) as tracker:
+        tracker.log(1, {"loss": torch.tensor(0.5), "bad": math.nan, "count": 3}, "sft")
+    line = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in line
+    record = json.loads(line)
+    assert record.pop("time") >= 0
+    assert record == {"stage": "sft", "step": 1, "loss": 0.5, "bad": None, "count": 3}
+
+
+def test_resume_appends(tmp_path):
+    run = finished_run(tmp_path / "run")
+    with Tracker(open_run_dir(run, resume=True), None, resume=True) as tracker:
+        tracker.log(2, {"loss": 0.5}, "sft")
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    assert "seed: 3" in (run / "config.yaml").read_text()
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path):
+    run = finished_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "sf')
+    assert len(read_metrics(run)) == 1
+
+
+def test_tensorboard_events_hold_the_same_figures(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is an extra"
+    )
+    run = finished_run(tmp_path / "run")
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 1.0)]
+
+
+def test_off_a_terminal_progress_is_a_few_plain_lines(capsys):
+    tracker = Tracker(None)
+    with tracker.progress("Hydra-SFT", 200) as bar:
+        for step in range(1, 201):
+            bar.update(step, loss=2.0 / step)
+    out = capsys.readouterr().out
+    assert out.isprintable() or all(c.isprintable() or c == "\n" for c in out)
+    lines = out.splitlines()
+    assert 5 <= len(lines) <= 12
+    assert "200/200" in lines[-1] and "loss 0.010" in lines[-1]
+
+
+def test_on_a_terminal_progress_is_a_bar():
+    console = Console(force_terminal=True, width=100, record=True)
+    tracker = Tracker(None, console=console)
+    with console.capture() as captured, tracker.progress("Hydra-PPO", 2) as bar:
+        bar.update(2, reward=0.25)
+    assert "2/2" in captured.get() and "0.250" in captured.get()
+
+
+def test_config_is_plain_values(tmp_path):
+    assert plain({"path": tmp_path, "pair": (1, None)}) == {
+        "path": str(tmp_path),
+        "pair": [1, None],
+    }
