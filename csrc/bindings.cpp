@@ -1,0 +1,21 @@
+// Table of contents of hydra_kernels._C: one line an entry. The bodies are in csrc/cpu and
+// csrc/cuda, the argument checks in hydra_kernels/ops. An entry is named <op>_<pass>_<backend>.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+#include "cpu/entries.h"
+#ifdef HYDRA_WITH_CUDA
+#include "cuda/entries.h"
+#endif
+
+namespace py = pybind11;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &hydra::build_info);
+
+#ifdef HYDRA_WITH_CUDA
+  m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());
+#endif
+}
