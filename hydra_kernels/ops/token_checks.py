@@ -1,0 +1,39 @@
+"""Argument checks shared by the ops on (B, T) tensors of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_shape(op: str, shape: Sequence[int], **tensors: Tensor) -> None:
+    """Each tensor is floating-point and has the shape."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{op}: {name} must be {tuple(shape)}, the shape that goes with mask, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating-point, got {tensor.dtype}")
+
+
+def check_bool(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bool:
+            raise ValueError(f"{op}: {name} must be bool, got {tensor.dtype}")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: tensors must be on one device, got {found}")
+
+
+def check_unit_interval(op: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{op}: {name} must be in [0, 1], got {number}")
