@@ -1,0 +1,180 @@
+"""Linear layers with LoRA adapters that every row switches for itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydra_kernels import backends  # noqa: F401  registers the kernels
+from hydra_kernels.backends import registry
+from hydra_kernels.backends.reference import lora_linear as reference
+
+_OP = "lora_linear"
+
+Scaling = float | Tensor | Sequence[float | Tensor]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    scaling: Scaling,
+    *,
+    adapter_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer plus, on each row, the LoRA adapter which that row names.
+
+    ``y = x W^T + bias + scaling[i] * (dropout(x) A_i^T) B_i^T`` with ``i`` the row's adapter id:
+    Hu et al. 2021, arXiv:2106.09685, eq. 3. With W = [[1, 0], [0, 1]], A = [[1, 2]], B = [[3], [4]]
+    and scaling 0.5 the row (1, 1) gives (5.5, 7), and (1, 1) where its id is -1.
+
+    Args:
+        x: (\\*, K). Differentiable, as are the adapters, and weight and bias when they ask for it.
+        weight: (N, K), in x's dtype.
+        lora_a: (R, K), or one (R_i, K) for each adapter; may be float32 over a bfloat16 base.
+        lora_b: (N, R), or one (N, R_i) for each adapter, in the dtype of its ``lora_a``.
+        scaling: One number for all adapters, or one for each; numbers or tensors, constants to
+            autograd. ``lora_alpha / r`` in PEFT.
+        adapter_ids: Integers on x's device, shaped () or as a leading part of ``x.shape[:-1]``: one
+            id a call, a sequence or a row. -1 is off. Read on the device when the op runs, so new
+            values neither recompile nor recapture. None switches adapter 0 on everywhere.
+        bias: (N,), in x's dtype.
+        dropout: Probability, in [0, 1], of zeroing an element of x on its way into the adapter; the
+            others grow by ``1 / (1 - dropout)``.
+        seed: What the dropout mask is drawn from: an int, or int64 (1,) or (2,) on x's device, the
+            seed and an offset. Equal seeds give equal masks, on every backend. None draws one from
+            the device's default generator, so that every call, and every replay of a CUDA graph,
+            has another mask, and recomputation under activation checkpointing has the same.
+        backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
+
+    Returns:
+        (\\*, N) in x's dtype. With every row off it is ``F.linear(x, weight, bias)``: bit for bit
+        on a CPU, to the dtype's rounding on a GPU.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or (on a CPU, and with ``HYDRA_CHECK=1`` on a GPU)
+            an id is outside -1 to n - 1.
+        NotImplementedError: ``backend`` was named and cannot run these tensors.
+    """
+    many = not isinstance(lora_a, Tensor)
+    if many != (not isinstance(lora_b, Tensor)):
+        raise ValueError(f"{_OP}: lora_a and lora_b must both be tensors or both sequences")
+    a: tuple[Tensor, ...] = tuple(lora_a)
+    b: tuple[Tensor, ...] = tuple(lora_b)
+    if not many:
+        a, b = (lora_a,), (lora_b,)  # type: ignore[assignment]
+    scales = _scales(scaling, len(a))
+    _check(x, weight, bias, a, b, adapter_ids, dropout)
+    owners = tuple(range(len(a)))
+    if adapter_ids is None:
+        a, b, scales, owners = a[:1], b[:1], scales[:1], owners[:1]
+    else:
+        check_ids(adapter_ids, len(a), x)
+    drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
+    registry.select(_OP, backend, x, weight, bias, *a, *b, adapter_ids)
+    return reference.lora_linear(x, weight, bias, a, b, scales, owners, adapter_ids, dropout, drawn)
+
+
+def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
+    if isinstance(scaling, Tensor):
+        scaling = scaling.detach()
+        return (scaling,) * n if scaling.dim() == 0 else tuple(scaling)
+    if isinstance(scaling, Sequence):
+        scales = tuple(scaling)
+    else:
+        scales = (scaling,) * n
+    if len(scales) != n:
+        raise ValueError(f"{_OP}: scaling must be one number or {n}, got {len(scales)}")
+    return scales
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: tuple[Tensor, ...],
+    b: tuple[Tensor, ...],
+    adapter_ids: Tensor | None,
+    dropout: float,
+) -> None:
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{_OP}: x must be (*, K) and weight (N, K), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{_OP}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{_OP}: x is {x.dtype} and weight {weight.dtype}")
+    if not a or len(a) != len(b):
+        raise ValueError(
+            f"{_OP}: needs as many lora_b as lora_a, at least one, got {len(a)} and {len(b)}"
+        )
+    n, k = weight.shape
+    for each_a, each_b in zip(a, b, strict=True):
+        if (
+            each_a.dim() != 2
+            or each_b.dim() != 2
+            or each_a.shape[1] != k
+            or each_b.shape[0] != n
+            or each_a.shape[0] != each_b.shape[1]
+        ):
+            raise ValueError(
+                f"{_OP}: lora_a must be (R, {k}) and lora_b ({n}, R), "
+                f"got {tuple(each_a.shape)} and {tuple(each_b.shape)}"
+            )
+        if each_a.dtype != each_b.dtype:
+            raise ValueError(f"{_OP}: lora_a is {each_a.dtype} and its lora_b {each_b.dtype}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"{_OP}: dropout must be in [0, 1], got {dropout}")
+    if adapter_ids is not None:
+        if adapter_ids.dtype not in _INTEGERS:
+            raise ValueError(f"{_OP}: adapter_ids must be integers, got {adapter_ids.dtype}")
+        if adapter_ids.device != x.device:
+            raise ValueError(
+                f"{_OP}: adapter_ids must be on {x.device}, where x is, got {adapter_ids.device}"
+            )
+        if adapter_ids.shape != x.shape[:-1][: adapter_ids.dim()]:
+            raise ValueError(
+                f"{_OP}: adapter_ids must be shaped as a leading part of {tuple(x.shape[:-1])}, "
+                f"got {tuple(adapter_ids.shape)}"
+            )
+
+
+_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def check_ids(adapter_ids: Tensor, n: int, x: Tensor) -> None:
+    """Raises ValueError for an id outside -1 to ``n - 1``, where looking at it costs no sync."""
+    if adapter_ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if adapter_ids.device.type != "cpu" and os.environ.get("HYDRA_CHECK") != "1":
+        return
+    low, high = (int(end) for end in torch.aminmax(adapter_ids))
+    if low < -1 or high >= n:
+        raise ValueError(
+            f"{_OP}: adapter_ids must be between -1 and {n - 1}, got {low if low < -1 else high}"
+        )
+
+
+def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """(2,) int64 on ``device``, the seed and the offset of one call's dropout mask."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (2,), device=device)
+    if isinstance(seed, int):
+        return torch.tensor((seed, 0), device=device)
+    if seed.dtype != torch.int64 or seed.numel() not in (1, 2) or seed.device != device:
+        raise ValueError(
+            f"{_OP}: seed must hold one or two int64 on {device}, "
+            f"got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        )
+    seed = seed.reshape(-1)
+    return seed if seed.numel() == 2 else torch.cat((seed, torch.zeros_like(seed)))

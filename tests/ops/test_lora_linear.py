@@ -1,0 +1,245 @@
+"""One linear layer with gated adapters, on every backend that can run here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_kernels import lora_linear
+from hydra_kernels.backends import registry
+from hydra_kernels.backends.reference import philox
+from tests.numerics import device_of
+
+OP = "lora_linear"
+BACKENDS = list(registry.available_backends(OP))
+
+
+def make_layer(n, k, ranks, dtype=torch.float32, adapter_dtype=None, device="cpu", bias=True):
+    adapter_dtype = adapter_dtype or dtype
+    weight = torch.randn(n, k, device=device).div_(k**0.5).to(dtype)
+    lora_a = [torch.randn(r, k, device=device).div_(k**0.5).to(adapter_dtype) for r in ranks]
+    lora_b = [torch.randn(n, r, device=device).to(adapter_dtype) for r in ranks]
+    scaling = [0.5 + 0.25 * i for i in range(len(ranks))]
+    return (
+        weight,
+        torch.randn(n, device=device).to(dtype) if bias else None,
+        lora_a,
+        lora_b,
+        scaling,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    """(1, 1) A^T = 3, half of that times B is (4.5, 6); with W the identity, (5.5, 7)."""
+    device = device_of(backend)
+    x = torch.ones(2, 2, device=device)
+    lora_a = torch.tensor([[1.0, 2.0]], device=device)
+    lora_b = torch.tensor([[3.0], [4.0]], device=device)
+    ids = torch.tensor([0, -1], device=device)
+    y = lora_linear(
+        x, torch.eye(2, device=device), lora_a, lora_b, 0.5, adapter_ids=ids, backend=backend
+    )
+    assert y.tolist() == [[5.5, 7.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (3,), (3, 5)], ids=["call", "sequence", "row"])
+def test_mixed_ids_equal_a_loop_over_rows(backend, shape):
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, scaling = make_layer(11, 7, (2, 5, 1), device=device)
+    x = torch.randn(3, 5, 7, device=device)
+    ids = torch.randint(-1, 3, shape, device=device)
+    y = lora_linear(x, weight, lora_a, lora_b, scaling, adapter_ids=ids, bias=bias, backend=backend)
+    rows = torch.broadcast_to(ids.view(shape + (1,) * (2 - len(shape))), (3, 5))
+    for b in range(3):
+        for t in range(5):
+            i = int(rows[b, t])
+            expected = F.linear(x[b, t], weight, bias)
+            if i >= 0:
+                expected = expected + scaling[i] * (x[b, t] @ lora_a[i].T) @ lora_b[i].T
+            torch.testing.assert_close(y[b, t], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_off_is_the_base_layer_bit_for_bit(backend, dtype):
+    device = device_of(backend)
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("bfloat16 products need a GPU: Triton's interpreter gets them wrong")
+    weight, bias, lora_a, lora_b, scaling = make_layer(9, 6, (4, 4), dtype, device=device)
+    x = torch.randn(2, 3, 6, device=device).to(dtype)
+    base = F.linear(x, weight, bias)
+    for ids in (torch.tensor(-1), torch.full((2,), -1), torch.full((2, 3), -1)):
+        y = lora_linear(
+            x, weight, lora_a, lora_b, scaling, adapter_ids=ids.to(device), bias=bias,
+            backend=backend,
+        )  # fmt: skip
+        if device == "cpu":
+            assert torch.equal(y.view(torch.uint8), base.view(torch.uint8))
+        else:
+            torch.testing.assert_close(y, base)
+
+
+def reference_arguments(ranks, k, n, dropout=0.0, ids=None):
+    x = torch.randn(2, 3, k, dtype=torch.float64, requires_grad=True)
+    weight, bias, lora_a, lora_b, scaling = make_layer(n, k, ranks, torch.float64)
+    tensors = [x, weight, bias, *lora_a, *lora_b]
+    for t in tensors:
+        t.requires_grad_()
+
+    def f(x, weight, bias, *adapters):
+        return lora_linear(
+            x,
+            weight,
+            adapters[: len(ranks)],
+            adapters[len(ranks) :],
+            scaling,
+            adapter_ids=ids,
+            bias=bias,
+            dropout=dropout,
+            seed=3,
+            backend="reference",
+        )
+
+    return f, tensors
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_the_reference(dropout):
+    ids = torch.tensor([[0, 1, -1], [1, 1, 0]])
+    f, tensors = reference_arguments((2, 3), 4, 3, dropout, ids)
+    assert torch.autograd.gradcheck(f, tensors)
+
+
+def test_philox_known_answers():
+    """Random123's kat_vectors for philox4x32-10."""
+    ones = (1 << 64) - 1
+    for key, low, high, expected in [
+        (0, 0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (ones, ones, ones, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            0x299F31D0A4093822,
+            0x85A308D3243F6A88,
+            0x0370734413198A2E,
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ]:
+        key, low, high = (torch.tensor(v - (1 << 64) if v >> 63 else v) for v in (key, low, high))
+        drawn = philox.words(low, key, high).tolist()
+        assert " ".join(f"{word:08x}" for word in drawn) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_drops_what_philox_says_and_only_before_the_adapter(backend):
+    device = device_of(backend)
+    k, p = 13, 0.3
+    x = torch.randn(4, 5, k, device=device)
+    seed = torch.tensor([123456789012345, 7], device=device)
+    eye, zero = torch.eye(k, device=device), torch.zeros(k, k, device=device)
+    y = lora_linear(x, zero, eye, eye, 1.0, dropout=p, seed=seed, backend=backend)
+    kept = philox.keep(20, k, p, seed.cpu()).view(4, 5, k).to(device)
+    torch.testing.assert_close(y, torch.where(kept, x / (1 - p), 0.0))
+    base = lora_linear(x, eye, eye, zero, 1.0, dropout=p, seed=seed, backend=backend)
+    torch.testing.assert_close(base, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_mask_changes_at_every_call_and_repeats_with_the_generator(backend):
+    device = device_of(backend)
+    x = torch.randn(8, 32, device=device)
+    eye, zero = torch.eye(32, device=device), torch.zeros(32, 32, device=device)
+
+    def masks(n):
+        torch.manual_seed(5)
+        return [
+            lora_linear(x, zero, eye, eye, 1.0, dropout=0.5, backend=backend) != 0 for _ in range(n)
+        ]
+
+    first, again = masks(2), masks(2)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_probability(p):
+    kept = philox.keep(1000, 1003, p, torch.tensor([1, 2]))
+    # five standard deviations of a mean of a million draws
+    assert abs(kept.float().mean().item() - (1 - p)) < 5 * (p * (1 - p) / 1e6) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_at_its_ends(backend, dropout):
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, _ = make_layer(5, 8, (2,), device=device)
+    x = torch.randn(3, 8, device=device)
+    y = lora_linear(x, weight, lora_a, lora_b, 0.5, bias=bias, dropout=dropout, backend=backend)
+    expected = F.linear(x, weight, bias)
+    if dropout == 0.0:
+        expected = expected + 0.5 * x @ lora_a[0].T @ lora_b[0].T
+    torch.testing.assert_close(y, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape_equals_the_reference(data):
+    leading = data.draw(st.lists(st.integers(0, 4), max_size=3))
+    k, n = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    ranks = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    id_dims = data.draw(st.integers(0, len(leading)))
+    weight, bias, lora_a, lora_b, scaling = make_layer(n, k, ranks)
+    x = torch.randn(*leading, k)
+    ids = torch.randint(-1, len(ranks), leading[:id_dims])
+    inputs = (x, weight, lora_a, lora_b, scaling)
+    expected = lora_linear(*inputs, adapter_ids=ids, bias=bias, backend="reference")
+    for backend in registry.available_backends(OP):
+        if device_of(backend) == "cpu":
+            y = lora_linear(*inputs, adapter_ids=ids, bias=bias, backend=backend)
+            torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leading", [(), (0,), (3, 0)], ids=str)
+def test_one_dimensional_and_empty_inputs(backend, leading):
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, _ = make_layer(5, 8, (2,), device=device)
+    x = torch.randn(*leading, 8, device=device, requires_grad=True)
+    lora_a[0].requires_grad_()
+    y = lora_linear(x, weight, lora_a[0], lora_b[0], 0.5, bias=bias, backend=backend)
+    expected = F.linear(x, weight, bias) + 0.5 * x @ lora_a[0].T @ lora_b[0].T
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, lora_a[0]), upstream),
+        torch.autograd.grad(expected, (x, lora_a[0]), upstream),
+    )
+
+
+def test_refusals():
+    weight, bias, lora_a, lora_b, scaling = make_layer(5, 8, (2, 3))
+    x = torch.randn(4, 3, 8)
+    good = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
+    for bad, message in [
+        ({"x": x[..., :7]}, "x must be"),
+        ({"weight": weight[0]}, "weight"),
+        ({"weight": weight.double()}, "torch.float64"),
+        ({"bias": bias[:3]}, "bias must be"),
+        ({"lora_a": lora_a[0]}, "both be tensors"),
+        ({"lora_b": lora_b[:1]}, "as many lora_b"),
+        ({"lora_b": lora_b[::-1]}, "lora_a must be"),
+        ({"lora_a": [a.double() for a in lora_a]}, "its lora_b"),
+        ({"scaling": [1.0]}, "one number or 2"),
+        ({"dropout": 1.5}, "dropout must be"),
+        ({"adapter_ids": torch.zeros(4)}, "integers"),
+        ({"adapter_ids": torch.zeros(3, dtype=torch.long)}, "leading part"),
+        ({"adapter_ids": torch.tensor(2)}, "between -1 and 1, got 2"),
+        ({"adapter_ids": torch.tensor([0, 0, 0, -2])}, "between -1 and 1, got -2"),
+        ({"dropout": 0.1, "seed": torch.tensor([1.0])}, "seed must hold"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lora_linear(**{**good, **bad})
+    with pytest.raises(NotImplementedError, match="no such backend"):
+        lora_linear(**good, backend="tpu")
