@@ -98,7 +98,10 @@ class CMakeBuild(build_ext):
     def cmake(self, output: Path, nvcc: str | None) -> None:
         import pybind11
 
-        build = ROOT / self.build_temp / ("cuda" if nvcc else "cpu")
+        archs = cuda_archs(nvcc) if nvcc else []
+        # Not self.build_temp: an editable install has a new one each time, and would start afresh.
+        name = "-".join([sys.implementation.cache_tag, *(["cuda", *archs] if nvcc else ["cpu"])])
+        build = ROOT / "build" / name
         build.mkdir(parents=True, exist_ok=True)
         command = [
             tool("cmake"),
@@ -115,7 +118,6 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
         ]
         if nvcc:
-            archs = cuda_archs(nvcc)
             print(f"hydra_kernels: CUDA kernels for {', '.join(archs)} with {nvcc}", flush=True)
             command += [
                 "-DHYDRA_WITH_CUDA=ON",
