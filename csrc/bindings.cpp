@@ -14,8 +14,11 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &hydra::build_info);
+  m.def("ppo_loss_fwd_cpu", &hydra::cpu::ppo_loss_fwd, release_gil());
 
 #ifdef HYDRA_WITH_CUDA
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());
+  m.def("ppo_loss_blocks_cuda", &hydra::cuda::ppo_loss_blocks, release_gil());
+  m.def("ppo_loss_fwd_cuda", &hydra::cuda::ppo_loss_fwd, release_gil());
 #endif
 }

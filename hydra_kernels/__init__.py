@@ -1,4 +1,4 @@
-"""Fused kernels for LoRA fine-tuning and RLHF."""
+"""Fused kernels for LoRA fine-tuning and RLHF, each with a plain PyTorch reference."""
 
 from hydra_kernels.backends.registry import available_backends
 from hydra_kernels.ops.advantages import Advantages, advantages
@@ -7,10 +7,12 @@ from hydra_kernels.ops.kl_rewards import kl_rewards
 from hydra_kernels.ops.linear_logprob import LinearLogprob, linear_logprob
 from hydra_kernels.ops.lora_linear import lora_linear
 from hydra_kernels.ops.masked_whiten import masked_whiten
+from hydra_kernels.ops.ppo_loss import PPOLoss, ppo_loss
 
 __all__ = [
     "Advantages",
     "LinearLogprob",
+    "PPOLoss",
     "advantages",
     "available_backends",
     "gae",
@@ -18,4 +20,5 @@ __all__ = [
     "linear_logprob",
     "lora_linear",
     "masked_whiten",
+    "ppo_loss",
 ]

@@ -11,7 +11,7 @@ def device_of(backend: str) -> str:
     return "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
 
 
-def testable(op: str) -> list[str]:
+def fast_backends(op: str) -> list[str]:
     """The backends of ``op`` that can run on this machine, the reference left out."""
     return [name for name in registry.available_backends(op) if name != registry.REFERENCE]
 

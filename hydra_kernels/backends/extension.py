@@ -47,6 +47,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 #: The extension, or None; then ``why_not`` says why.
 module, why_not = _load()
+#: How it was built: whether with CUDA, the compiler, the vector level that runs.
+build_info: dict[str, object] = module.build_info() if module is not None else {}
+_WITH_CUDA = bool(build_info.get("cuda"))
 
 
 def missing() -> list[str]:
@@ -58,7 +61,7 @@ def missing_cuda() -> list[str]:
     """Why the CUDA kernels cannot run, whatever the tensors; empty when they can."""
     if module is None:
         return [why_not]
-    if not module.build_info()["cuda"]:
+    if not _WITH_CUDA:
         return ["the extension was built without CUDA (HYDRA_BUILD=cpu, or no CUDA compiler)"]
     if not torch.cuda.is_available():
         return ["torch sees no CUDA device"]

@@ -63,6 +63,7 @@ class Backends(tuple[str, ...]):
 
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 _ORDER: dict[str, tuple[str, ...]] = {}
+_UNAVAILABLE: dict[str, str] = {}
 
 
 def register(op: str, backend: str, kernel: Kernel) -> None:
@@ -80,6 +81,11 @@ def prefer(op: str, order: tuple[str, ...]) -> None:
     if sorted(order) != sorted(PRIORITY):
         raise ValueError(f"{op}: the order must name each of {', '.join(PRIORITY)} once")
     _ORDER[op] = order
+
+
+def unavailable(backend: str, reason: str) -> None:
+    """Says why no kernel of ``backend`` could be registered."""
+    _UNAVAILABLE[backend] = reason
 
 
 def kernel(op: str, backend: str) -> Kernel:
@@ -167,6 +173,8 @@ def _missing(op: str, backend: str) -> list[str]:
         return [f"no such backend (known: {', '.join(PRIORITY)})"]
     if backend == REFERENCE:
         return []
+    if backend in _UNAVAILABLE:
+        return [_UNAVAILABLE[backend]]
     if backend not in _KERNELS.get(op, {}):
         return [f"not written for this op (written: {', '.join(backends(op))})"]
     return _KERNELS[op][backend].missing()

@@ -1,0 +1,66 @@
+"""Clipped PPO loss in C++: csrc/cpu/ppo_loss.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hydra_kernels.backends import extension, registry
+
+
+def unsupported(*tensors: Tensor | None) -> list[str]:
+    return [
+        *registry.wrong_device("cpu", *tensors),
+        *registry.wrong_dtype((torch.float32,), *tensors),
+    ]
+
+
+def fwd(
+    logprobs: Tensor | None,  # (B, T) float32, contiguous, as are all tensors below
+    values: Tensor | None,
+    old_logprobs: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    mask: Tensor,  # bool
+    cliprange: float,
+    cliprange_value: float,
+    vf_coef: float,
+    ent_coef: float,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
+    stats = torch.empty(10, dtype=torch.float32)
+    dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
+    dvalues = None if values is None else torch.empty_like(values)
+    inputs = (
+        logprobs,
+        values,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        entropy,
+        kl,
+        mask,
+    )
+    extension.module.ppo_loss_fwd_cpu(  # type: ignore[union-attr]
+        *(0 if t is None else t.data_ptr() for t in inputs),
+        mask.numel(),
+        cliprange,
+        cliprange_value,
+        vf_coef,
+        ent_coef,
+        kl_coef,
+        stats.data_ptr(),
+        0 if dlogprobs is None else dlogprobs.data_ptr(),
+        0 if dvalues is None else dvalues.data_ptr(),
+    )
+    return stats, dlogprobs, dvalues
+
+
+registry.register(
+    "ppo_loss", "cpu", registry.Kernel(fwd, None, unsupported, missing=extension.missing)
+)

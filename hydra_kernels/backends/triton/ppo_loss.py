@@ -1,0 +1,216 @@
+"""Clipped PPO loss in Triton: statistics and gradients of every token in one launch.
+
+Each program writes the sums of its tokens; the one that finishes last, found by an atomic ticket,
+adds them up in their order. The ticket is the only atomic, and it decides who adds, not in which
+order: the result is the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends.triton import runtime
+
+BLOCK = 1024
+NUM_SUMS = 9  # as PPOSum in csrc/include/hydra/ppo_loss.h, in its order
+LOG_RATIO_LIMIT = tl.constexpr(60.0)
+
+
+@triton.jit
+def ppo_loss_fwd_kernel(
+    logprobs,
+    values,
+    old_logprobs,
+    old_values,
+    advantages,
+    returns,
+    entropy,
+    kl,
+    mask,
+    partial,  # (num_blocks, 16) float32, columns in the order of PPOSum
+    ticket,  # (1,) int32, 0 before and after
+    stats,  # (10,) float32
+    dlogprobs,
+    dvalues,
+    num_tokens,
+    cliprange,
+    cliprange_value,
+    vf_coef,
+    ent_coef,
+    kl_coef,
+    HAS_POLICY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTIAL: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    num_blocks = tl.num_programs(0)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < num_tokens
+    keep = inside & (tl.load(mask + offs, mask=inside, other=0) != 0)
+    sums = partial + block * 16
+    tl.store(sums + 8, tl.sum(keep.to(tl.float32)))
+    if HAS_POLICY:
+        # A masked load reads nothing where the token does not count, so NaN there cannot enter.
+        logprob = tl.load(logprobs + offs, mask=keep, other=0.0)
+        old_logprob = tl.load(old_logprobs + offs, mask=keep, other=0.0)
+        advantage = tl.load(advantages + offs, mask=keep, other=0.0)
+        log_ratio = logprob - old_logprob
+        cut = tl.abs(log_ratio) > LOG_RATIO_LIMIT
+        log_ratio = tl.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio)
+        log_ratio = tl.where(log_ratio < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, log_ratio)
+        ratio = tl.exp(log_ratio)
+        clamped = tl.where(ratio < 1.0 - cliprange, 1.0 - cliprange, ratio)
+        clamped = tl.where(ratio > 1.0 + cliprange, 1.0 + cliprange, clamped)
+        unclipped_loss = -advantage * ratio
+        clipped_loss = -advantage * clamped
+        clipped = clipped_loss > unclipped_loss
+        dlogprob = tl.where(clipped | cut, 0.0, unclipped_loss)
+        tl.store(dlogprobs + offs, dlogprob, mask=inside)
+        tl.store(sums + 0, tl.sum(tl.where(clipped, clipped_loss, unclipped_loss)))
+        tl.store(sums + 4, tl.sum((ratio - 1.0) - log_ratio))
+        tl.store(sums + 5, tl.sum(clipped.to(tl.float32)))
+        tl.store(sums + 7, tl.sum(tl.where(keep, ratio, 0.0)))
+    else:
+        tl.store(sums + 0, 0.0)
+        tl.store(sums + 4, 0.0)
+        tl.store(sums + 5, 0.0)
+        tl.store(sums + 7, 0.0)
+    if HAS_VALUE:
+        value = tl.load(values + offs, mask=keep, other=0.0)
+        old_value = tl.load(old_values + offs, mask=keep, other=0.0)
+        target = tl.load(returns + offs, mask=keep, other=0.0)
+        low = old_value - cliprange_value
+        high = old_value + cliprange_value
+        moved = tl.where(value < low, low, value)
+        moved = tl.where(value > high, high, moved)
+        error = value - target
+        moved_error = moved - target
+        larger = moved_error * moved_error > error * error
+        tl.store(dvalues + offs, tl.where(larger, 0.0, error), mask=inside)
+        squared = tl.where(larger, moved_error * moved_error, error * error)
+        tl.store(sums + 1, 0.5 * tl.sum(squared))
+        tl.store(sums + 6, tl.sum(larger.to(tl.float32)))
+    else:
+        tl.store(sums + 1, 0.0)
+        tl.store(sums + 6, 0.0)
+    if HAS_ENTROPY:
+        tl.store(sums + 2, tl.sum(tl.load(entropy + offs, mask=keep, other=0.0)))
+    else:
+        tl.store(sums + 2, 0.0)
+    if HAS_KL:
+        tl.store(sums + 3, tl.sum(tl.load(kl + offs, mask=keep, other=0.0)))
+    else:
+        tl.store(sums + 3, 0.0)
+
+    # Every thread's stores come before the ticket; acq_rel publishes them to the last program.
+    tl.debug_barrier()
+    mine = tl.atomic_add(ticket, 1, sem="acq_rel")
+    if mine == num_blocks - 1:
+        columns = tl.arange(0, 16)
+        total = tl.zeros((16,), dtype=tl.float32)
+        for start in range(0, num_blocks, BLOCK_PARTIAL):
+            rows = start + tl.arange(0, BLOCK_PARTIAL)
+            part = tl.load(
+                partial + rows[:, None] * 16 + columns[None, :],
+                mask=(rows[:, None] < num_blocks) & (columns[None, :] < 9),
+                other=0.0,
+                cache_modifier=".cg",  # other programs wrote these: not from the first-level cache
+            )
+            total += tl.sum(part, axis=0)
+        count = tl.sum(tl.where(columns == 8, total, 0.0))
+        share = 1.0 / tl.maximum(count, 1.0)
+        mean = total * share
+        # stats[1:9] are the means in the order of PPOSum; its slot 8, the count, becomes 1 / count.
+        tl.store(stats + 1 + columns, tl.where(columns == 8, share, mean), mask=columns < 9)
+        weight = tl.where(columns == 0, 1.0, 0.0) + tl.where(columns == 1, vf_coef, 0.0)
+        weight += tl.where(columns == 2, -ent_coef, 0.0) + tl.where(columns == 3, kl_coef, 0.0)
+        tl.store(stats, tl.sum(weight * mean))
+        tl.store(ticket, 0)
+
+
+def unsupported(*tensors: Tensor | None) -> list[str]:
+    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
+
+
+def fwd(
+    logprobs: Tensor | None,  # (B, T) float32, contiguous, as are all tensors below
+    values: Tensor | None,
+    old_logprobs: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    mask: Tensor,  # bool
+    cliprange: float,
+    cliprange_value: float,
+    vf_coef: float,
+    ent_coef: float,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
+    num_blocks = max(1, triton.cdiv(mask.numel(), BLOCK))  # one block writes the zeros of no tokens
+    stats = mask.new_empty(10, dtype=torch.float32)
+    partial = mask.new_empty((num_blocks, 16), dtype=torch.float32)
+    dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
+    dvalues = None if values is None else torch.empty_like(values)
+    with launch.on_device(mask):
+        ppo_loss_fwd_kernel[(num_blocks,)](
+            logprobs,
+            values,
+            old_logprobs,
+            old_values,
+            advantages,
+            returns,
+            entropy,
+            kl,
+            mask.view(torch.uint8),
+            partial,
+            launch.ticket(mask.device),
+            stats,
+            dlogprobs,
+            dvalues,
+            mask.numel(),
+            cliprange,
+            cliprange_value,
+            vf_coef,
+            ent_coef,
+            kl_coef,
+            HAS_POLICY=logprobs is not None,
+            HAS_VALUE=values is not None,
+            HAS_ENTROPY=entropy is not None,
+            HAS_KL=kl is not None,
+            BLOCK=BLOCK,
+            BLOCK_PARTIAL=64,
+            num_warps=4,
+        )
+    return stats, dlogprobs, dvalues
+
+
+def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """The kernel as it is launched for a policy and a value function, for scripts/compile_check."""
+    names = ["logprobs", "values", "old_logprobs", "old_values", "advantages", "returns"]
+    signature = {name: "*fp32" for name in [*names, "entropy", "kl"]}
+    signature |= {"mask": "*u8", "partial": "*fp32", "ticket": "*i32", "stats": "*fp32"}
+    signature |= {"dlogprobs": "*fp32", "dvalues": "*fp32", "num_tokens": "i32"}
+    signature |= dict.fromkeys(
+        ["cliprange", "cliprange_value", "vf_coef", "ent_coef", "kl_coef"], "fp32"
+    )
+    constexprs = {"HAS_POLICY": True, "HAS_VALUE": True, "HAS_ENTROPY": True, "HAS_KL": True}
+    constexprs |= {"BLOCK": BLOCK, "BLOCK_PARTIAL": 64}
+    yield ppo_loss_fwd_kernel, signature, constexprs, {"num_warps": 4, "num_stages": 1}
+
+
+registry.register(
+    "ppo_loss", "triton", registry.Kernel(fwd, None, unsupported, missing=runtime.missing)
+)

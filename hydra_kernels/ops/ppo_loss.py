@@ -1,0 +1,285 @@
+"""Clipped PPO loss of a policy, a value function, or both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydra_kernels import backends  # noqa: F401  registers the kernels
+from hydra_kernels.backends import registry
+from hydra_kernels.backends.reference import ppo_loss as reference
+
+_OP = "ppo_loss"
+
+
+class PPOLoss(NamedTuple):
+    """Means over the counted tokens, 0-d float32 (float64 where the inputs are).
+
+    ``loss``, ``policy_loss``, ``value_loss``, ``entropy`` and ``kl`` are differentiable; the others
+    are statistics.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    value_loss: Tensor
+    entropy: Tensor
+    kl: Tensor
+    approx_kl: Tensor
+    clipfrac: Tensor
+    vf_clipfrac: Tensor
+    ratio: Tensor
+
+
+def ppo_loss(
+    logprobs: Tensor | None,
+    values: Tensor | None,
+    *,
+    old_logprobs: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor,
+    cliprange: float = 0.2,
+    cliprange_value: float = 0.2,
+    vf_coef: float = 0.1,
+    entropy: Tensor | None = None,
+    ent_coef: float = 0.0,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    backend: str | None = None,
+) -> PPOLoss:
+    """Clipped surrogate of PPO plus its clipped value loss, with all statistics, in one pass.
+
+    ``loss = policy_loss + vf_coef * value_loss - ent_coef * entropy + kl_coef * kl``, where, with
+    ``r = exp(logprobs - old_logprobs)`` and all means over the tokens that count,
+
+    - ``policy_loss`` is the mean of ``max(-A r, -A clamp(r, 1 - cliprange, 1 + cliprange))``:
+      Schulman et al. 2017, arXiv:1707.06347, eq. 7, negated so that it is minimised;
+    - ``value_loss`` is the mean of ``0.5 max((v - R)^2, (clamp(v, v_old - c, v_old + c) - R)^2)``
+      with ``c = cliprange_value``.
+
+    ``log r`` is cut at +-60, so that finite inputs give finite losses. By hand: a token with
+    ``r = e`` and ``A = 1`` costs -1.2 and has no gradient; with ``A = -1`` it costs 2.718.
+
+    Args:
+        logprobs: (B, T) log-probability, in nats, of each sampled token under the policy. None
+            leaves the policy out: ``policy_loss``, ``approx_kl``, ``clipfrac`` and ``ratio`` are 0.
+        values: (B, T) value estimates. None leaves the value function out.
+        old_logprobs: (B, T) as ``logprobs``, under the policy that sampled. A constant, as are the
+            next three.
+        old_values: (B, T) value estimates when the tokens were sampled.
+        advantages: (B, T).
+        returns: (B, T) targets of the value function.
+        mask: (B, T) bool, True where the token counts. What the others hold at False does not
+            matter, inf and NaN included. With no True at all, everything is 0.
+        cliprange: Half-width of the trust region on ``r``, in (0, 1).
+        cliprange_value: How far, > 0, a value may move from ``old_values``; inf does not clip.
+        vf_coef: Weight of ``value_loss``.
+        entropy: (B, T) entropy of the policy at each token, in nats.
+        ent_coef: Weight of the mean entropy, which is maximised.
+        kl: (B, T) divergence from a reference policy at each token, in nats.
+        kl_coef: Weight of the mean divergence.
+        backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
+
+    Returns:
+        :class:`PPOLoss`. ``approx_kl`` is the mean of ``(r - 1) - log r`` (Schulman's k3),
+        ``clipfrac`` and ``vf_clipfrac`` the share of tokens whose clipped branch is strictly the
+        larger, ``ratio`` the mean of ``r``.
+
+    Raises:
+        ValueError: shapes or devices differ, a tensor that goes with ``logprobs`` or ``values`` is
+            missing, mask is not bool, or a clip range is out of range.
+        NotImplementedError: ``backend`` was named and cannot run these tensors.
+    """
+    tensors = {
+        "logprobs": logprobs,
+        "values": values,
+        "old_logprobs": old_logprobs if logprobs is not None else None,
+        "old_values": old_values if values is not None else None,
+        "advantages": advantages if logprobs is not None else None,
+        "returns": returns if values is not None else None,
+        "entropy": entropy,
+        "kl": kl,
+    }
+    _check(tensors, mask, cliprange, cliprange_value)
+    # Half precision is widened, which is exact; float64 stays, for the reference.
+    wide = {
+        name: t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+        for name, t in tensors.items()
+    }
+    chosen = registry.select(_OP, backend, *wide.values(), mask)
+    coefs = (cliprange, cliprange_value, vf_coef, ent_coef, kl_coef)
+    if chosen == registry.REFERENCE:
+        out = reference.ppo_loss(
+            wide["logprobs"],
+            wide["values"],
+            *(_constant(wide[n]) for n in ("old_logprobs", "old_values", "advantages", "returns")),
+            mask,
+            cliprange,
+            cliprange_value,
+            vf_coef,
+            wide["entropy"],
+            ent_coef,
+            wide["kl"],
+            kl_coef,
+        )
+        return PPOLoss(*out)
+    dense = [t if t is None else t.contiguous() for t in (*wide.values(), mask)]
+    if torch.compiler.is_compiling():
+        stats = torch.ops.hydra.ppo_loss_fwd(*dense, *coefs, chosen)[0]
+    else:
+        stats = _PPOLoss.apply(*dense, *coefs, chosen)
+    loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
+    return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
+
+
+def _constant(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _check(
+    tensors: dict[str, Tensor | None], mask: Tensor, cliprange: float, cliprange_value: float
+) -> None:
+    needs = {"logprobs": ("old_logprobs", "advantages"), "values": ("old_values", "returns")}
+    for name, others in needs.items():
+        missing = [other for other in others if tensors[other] is None]
+        if tensors[name] is not None and missing:
+            raise ValueError(f"{_OP}: {name} needs {' and '.join(missing)}, got None")
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.shape != mask.shape:
+            raise ValueError(
+                f"{_OP}: shapes differ: {name} is {tuple(t.shape)}, mask is {tuple(mask.shape)}"
+            )
+        if t.device != mask.device:
+            raise ValueError(
+                f"{_OP}: devices differ: {name} is on {t.device}, mask on {mask.device}"
+            )
+        if not t.is_floating_point():
+            raise ValueError(f"{_OP}: {name} must be floating point, got {t.dtype}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{_OP}: mask must be bool, got {mask.dtype}")
+    if not 0.0 < cliprange < 1.0:
+        raise ValueError(f"{_OP}: cliprange must be in (0, 1), got {cliprange}")
+    if not cliprange_value > 0.0:
+        raise ValueError(f"{_OP}: cliprange_value must be > 0, got {cliprange_value}")
+
+
+def _grads(
+    grad_stats: Tensor,  # (10,) upstream, of the statistics in PPOLoss's order
+    stats: Tensor,  # (10,) the last one is 1 / count
+    dlogprobs: Tensor | None,  # (B, T) derivative of each token's policy loss; 0 where masked
+    dvalues: Tensor | None,
+    mask: Tensor,
+    vf_coef: float,
+    ent_coef: float,
+    kl_coef: float,
+    wanted: tuple[bool, bool, bool, bool],  # logprobs, values, entropy, kl
+) -> tuple[Tensor | None, ...]:
+    """Everything is linear in the upstream scalars, so that backward only scales."""
+    g_loss, g_policy, g_value, g_entropy, g_kl = grad_stats.unbind(0)[:5]
+    share = stats[9]
+    out: list[Tensor | None] = [None, None, None, None]
+    if wanted[0] and dlogprobs is not None:
+        out[0] = dlogprobs * ((g_loss + g_policy) * share)
+    if wanted[1] and dvalues is not None:
+        out[1] = dvalues * ((vf_coef * g_loss + g_value) * share)
+    if wanted[2]:
+        out[2] = mask * ((g_entropy - ent_coef * g_loss) * share)
+    if wanted[3]:
+        out[3] = mask * ((g_kl + kl_coef * g_loss) * share)
+    return tuple(out)
+
+
+class _PPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, mask, cliprange, cliprange_value, vf_coef, ent_coef, kl_coef, chosen = args
+        stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(
+            *tensors, mask, cliprange, cliprange_value, vf_coef, ent_coef, kl_coef
+        )
+        ctx.save_for_backward(stats, dlogprobs, dvalues, mask)
+        ctx.coefs = (vf_coef, ent_coef, kl_coef)
+        return stats
+
+    @staticmethod
+    def backward(ctx, grad_stats):
+        need = ctx.needs_input_grad
+        wanted = (need[0], need[1], need[6], need[7])
+        d = _grads(grad_stats, *ctx.saved_tensors, *ctx.coefs, wanted)
+        return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
+
+
+@torch.library.custom_op("hydra::ppo_loss_fwd", mutates_args=())
+def _op(
+    logprobs: Tensor | None,
+    values: Tensor | None,
+    old_logprobs: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    kl: Tensor | None,
+    mask: Tensor,
+    cliprange: float,
+    cliprange_value: float,
+    vf_coef: float,
+    ent_coef: float,
+    kl_coef: float,
+    chosen: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(
+        logprobs,
+        values,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        entropy,
+        kl,
+        mask,
+        cliprange,
+        cliprange_value,
+        vf_coef,
+        ent_coef,
+        kl_coef,
+    )
+    # A registered op returns tensors only: an empty one stands for None.
+    empty = stats.new_empty(0)
+    return (
+        stats,
+        empty if dlogprobs is None else dlogprobs,
+        empty.clone() if dvalues is None else dvalues,
+    )
+
+
+@_op.register_fake
+def _(logprobs, values, *args):
+    mask = args[6]
+    stats = torch.empty(10, dtype=torch.float32, device=mask.device)
+    like = [stats.new_empty(0 if t is None else mask.shape) for t in (logprobs, values)]
+    return stats, like[0], like[1]
+
+
+def _setup_context(ctx, inputs, output):
+    stats, dlogprobs, dvalues = output
+    ctx.save_for_backward(
+        stats,
+        None if inputs[0] is None else dlogprobs,
+        None if inputs[1] is None else dvalues,
+        inputs[8],
+    )
+    ctx.coefs = inputs[11:14]
+
+
+def _backward(ctx, grad_stats, _dlogprobs, _dvalues):
+    need = ctx.needs_input_grad
+    wanted = (need[0], need[1], need[6], need[7])
+    d = _grads(grad_stats, *ctx.saved_tensors, *ctx.coefs, wanted)
+    return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
