@@ -1,0 +1,1 @@
+"""Benchmarks: one file an op and one for each end-to-end claim. README.md says how to run them."""

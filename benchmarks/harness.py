@@ -1,0 +1,539 @@
+"""Times the ops: correctness first, every row of a table in the same rounds, one record a line.
+
+A benchmark is a module ``benchmarks/bench_<op>.py`` (or, where one file holds several ops, each
+object listed in its ``BENCHES``) that provides
+
+``OP``       the op's name in ``hydra_kernels``
+``MODES``    names of what is timed, for instance ``("fwd", "fwd+bwd")``
+``SHAPES``   ``{"cpu": [Shape(...), ...], "cuda": [...]}``, each with the reason it is there
+``DTYPES``   ``{"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}``
+``PEERS``    names of the rows that are not ours, whether they can be imported or not
+``inputs(shape, dtype, device)``
+             the tensors, made by ``shape.sizes`` from torch's global seed
+``calls(inputs, mode)``
+             ``{row: callable or Absent(why)}``. A row is a backend's name or one of ``PEERS``; a
+             callable returns what ``check`` looks at
+``check(inputs, mode, row, output)``
+             "" when the output is right, else what is wrong with it. It may look at a sample of
+             rows, never at nothing; ``differs`` below is the usual answer
+``work(shape, dtype, mode)``
+             ``Work(bytes, flops)``: what must move and be computed at the least, each tensor read
+             or written once; its docstring counts
+
+and, where they apply, ``FLOOR`` (the row that ratios are taken to, default the first peer),
+``MEMORY = True`` (peak memory is part of the claim) and ``GRAPH = ("fwd", ...)`` (modes that are
+timed on CUDA as the replay of a captured graph, because launching them takes longer than running).
+
+An end-to-end benchmark provides ``OP`` and ``run(options) -> Iterator[Record]`` instead, and makes
+its records with ``Record.of``. What does not fit a column goes into ``Record.figures``.
+
+How a row is timed. Its output is checked; a wrong one gets no time. All rows of a shape and mode
+are called once per round, so that drift and other load fall on all of them alike. On CUDA the L2
+cache is overwritten before each call and the time is that between two events behind a queue kept
+busy, so that it is the device's; ``host_us`` is how long the host took to enqueue the same call.
+Peak memory is what one more call holds above what was held before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+
+MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class Shape:
+    sizes: dict[str, int]
+    why: str
+    quick: bool = False  # also part of --quick, of `pytest benchmarks/` and of the tests
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A row that cannot be measured here, and why: it is reported, not dropped."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Effort:
+    rounds: int
+    seconds: float  # of one row; fewer rounds where one call is slow, but never fewer than 3
+
+
+QUICK = Effort(rounds=10, seconds=1.0)
+FULL = Effort(rounds=50, seconds=5.0)
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "cpu"
+    quick: bool = False
+    ops: tuple[str, ...] = ()  # none: all of them
+    modes: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    deadline: float = float("inf")  # on time.monotonic's clock; what is left then is "not reached"
+    effort: Effort | None = None
+
+    @property
+    def rounds(self) -> Effort:
+        return self.effort or (QUICK if self.quick else FULL)
+
+
+@dataclass(frozen=True)
+class Record:
+    op: str
+    mode: str
+    backend: str  # ours, or the name of a peer
+    shape: dict[str, int]
+    dtype: str
+    status: str = "ok"  # or "wrong", "failed", "absent", "interrupted", "not reached"
+    why: str = ""
+    ms: float | None = None  # median
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    gb_per_s: float | None = None  # Work.bytes over ms
+    tflop_per_s: float | None = None  # Work.flops over ms
+    peak_mib: float | None = None
+    host_us: float | None = None
+    repeats: int = 0
+    timing: str = ""  # "wall", "events" or "graph"
+    figures: dict[str, float] = field(default_factory=dict)
+    device: str = ""
+    threads: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    date: str = ""
+
+    @classmethod
+    def of(
+        cls, op: str, mode: str, backend: str, shape: Shape, dtype: torch.dtype, device: str, **rest
+    ) -> Record:
+        """A record that says where it was made; ``rest`` is any of the other fields."""
+        return cls(
+            op=op,
+            mode=mode,
+            backend=backend,
+            shape=dict(shape.sizes),
+            dtype=str(dtype).removeprefix("torch."),
+            device=machine.device_name(device),
+            threads=torch.get_num_threads(),
+            versions=machine.versions(device),
+            commit=machine.commit(),
+            date=machine.today(),
+            **rest,
+        )
+
+    @property
+    def key(self) -> tuple:
+        """What makes two records measurements of the same thing."""
+        return (self.op, self.mode, self.backend, tuple(sorted(self.shape.items())), self.dtype)
+
+
+def write(record: Record, path: Path) -> None:
+    """Appends one line and flushes it: a run that is killed keeps what it has measured."""
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """Raises ValueError, with the line's number, where a line is no record."""
+    known = {f.name for f in fields(Record)}
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            records.append(Record(**{k: v for k, v in row.items() if k in known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a benchmark record ({error})") from None
+    return records
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """``|actual - exact| / |exact|`` in float64, infinite where anything is not finite."""
+    actual, exact = actual.detach().double(), exact.detach().double().to(actual.device)
+    if actual.shape != exact.shape or not torch.isfinite(actual).all():
+        return float("inf")
+    error, size = (actual - exact).norm().item(), exact.norm().item()
+    return error / size if size else error
+
+
+#: Rounding of sums of some thousand terms with float32 accumulators and one downcast.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def differs(
+    actual: Sequence[Tensor], exact: Sequence[Tensor], tolerance: float | None = None
+) -> str:
+    """Which tensor is not within ``tolerance`` (by its dtype) of ``exact``; "" when all are."""
+    if len(actual) != len(exact):
+        return f"{len(actual)} outputs where {len(exact)} are due"
+    for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        allowed = TOLERANCE[a.dtype] if tolerance is None else tolerance
+        if not (error := relative_error(a, e)) <= allowed:
+            return f"output {i}: relative error {error:.2e}, allowed {allowed:.0e}"
+    return ""
+
+
+# Discovery
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def load(name: str) -> list[Any]:
+    """The benchmarks in the module ``benchmarks.<name>``."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    return list(getattr(module, "BENCHES", (module,)))
+
+
+def shapes_of(bench: Any, device: str, quick: bool) -> list[Shape]:
+    shapes = bench.SHAPES.get(device, [])
+    return [s for s in shapes if s.quick] if quick else list(shapes)
+
+
+def rows_of(bench: Any, device: str) -> list[str]:
+    """The rows that ``bench`` may report on ``device``, ours first."""
+    return [*ours(bench.OP, device), *bench.PEERS]
+
+
+def ours(op: str, device: str) -> list[str]:
+    """The backends of ``op`` that run on ``device``: compiled ones on their own only."""
+    from hydra_kernels.backends import registry
+
+    if op not in registry.available_backends():
+        return []
+    elsewhere = {"cpu": ("cuda", "triton"), "cuda": ("cpu",)}[device]
+    return [name for name in registry.available_backends(op) if name not in elsewhere]
+
+
+# Timing
+
+
+def time_calls(
+    calls: dict[str, Callable[[], object]], device: str, effort: Effort
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
+    """Milliseconds and the host's microseconds of every call, round by round, and failures."""
+    sample = _Cuda() if device == "cuda" else _wall
+    failures: dict[str, str] = {}
+    rounds: dict[str, int] = {}
+    busy: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            for _ in range(3):
+                busy[name] = sample(call, busy.get(name, 0.0))[1] / 1e6
+            took = sample(call, busy[name])[0] / 1e3
+            rounds[name] = max(3, min(effort.rounds, int(effort.seconds / max(took, 1e-9))))
+        except Exception as error:
+            failures[name] = reason(error)
+    ms: dict[str, list[float]] = {name: [] for name in rounds}
+    host: dict[str, list[float]] = {name: [] for name in rounds}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(max(rounds.values(), default=0)):
+            for name in rounds:
+                if name in failures or i >= rounds[name]:
+                    continue
+                try:
+                    took, enqueued = sample(calls[name], busy[name])
+                except Exception as error:
+                    failures[name] = reason(error)
+                    continue
+                ms[name].append(took)
+                host[name].append(enqueued)
+            gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+    return ms, host, failures
+
+
+def _wall(call: Callable[[], object], _: float) -> tuple[float, float]:
+    start = time.perf_counter()
+    call()
+    took = time.perf_counter() - start
+    return took * 1e3, took * 1e6
+
+
+class _Cuda:
+    """Device time of one call with a cold L2 cache."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        size = 2 * getattr(properties, "L2_cache_size", 64 * MIB)
+        self.flush = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, call: Callable[[], object], host_seconds: float) -> tuple[float, float]:
+        torch.cuda.synchronize()
+        self.flush.zero_()
+        # Long enough that the host has enqueued the call before the device reaches it, at 2 GHz;
+        # at most 5 ms, past which launching is what the call really costs.
+        torch.cuda._sleep(int(min(5e-3, 1.5 * host_seconds + 2e-5) * 2e9))
+        self.start.record()
+        start = time.perf_counter()
+        call()
+        enqueued = time.perf_counter() - start
+        self.end.record()
+        torch.cuda.synchronize()
+        return self.start.elapsed_time(self.end), enqueued * 1e6
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of ``call`` as a captured CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    ordered = sorted(samples)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+# Memory
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def peak_mib(call: Callable[[], object], device: str) -> float | None:
+    """MiB held at the worst moment of ``call`` above what was held before it.
+
+    On CUDA by torch's allocator. On Linux by the resident set's high-water mark, so that scratch
+    which no tensor owns counts too; None where the system keeps no such mark that can be reset.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with _unmapped_when_freed() as marks:
+        if not marks:
+            return None
+        before = _resident_kib("VmRSS")
+        call()
+        return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
+
+
+@contextlib.contextmanager
+def _unmapped_when_freed() -> Iterator[bool]:
+    """glibc gives every block over 64 KiB back at once, and the high-water mark starts anew."""
+    reset = Path("/proc/self/clear_refs")
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+        libc.malloc_trim(0)
+        reset.write_text("5")
+    except (OSError, AttributeError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Where glibc's own adaptive threshold ends up once blocks of that size have been freed.
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
+
+
+def _resident_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+# One run
+
+
+def run(options: Options) -> Iterator[Record]:
+    """Every record of the benchmarks asked for: measured, wrong, failed, absent or not reached.
+
+    After a KeyboardInterrupt the rows in hand are reported as interrupted and the rest as not
+    reached; then it is raised again.
+    """
+    stopped: KeyboardInterrupt | None = None
+    for name in names():
+        op = name.removeprefix("bench_")
+        try:
+            benches = load(name)
+        except Exception as error:
+            if not options.ops or op in options.ops:
+                yield _whole(op, options, "failed", reason(error))
+            continue
+        for bench in benches:
+            if options.ops and bench.OP not in options.ops and op not in options.ops:
+                continue
+            if hasattr(bench, "run"):
+                groups: Iterator[Iterator[Record]] = iter([_end_to_end(bench, options)])
+            else:
+                groups = (
+                    run_rows(bench, shape, dtype, mode, options)
+                    for shape in shapes_of(bench, options.device, options.quick)
+                    for dtype in bench.DTYPES[options.device]
+                    for mode in bench.MODES
+                    if not options.modes or mode in options.modes
+                )
+            for group in groups:
+                try:
+                    yield from group
+                except KeyboardInterrupt as interrupt:
+                    stopped = interrupt
+                    options = replace(options, deadline=float("-inf"))
+    if stopped is not None:
+        raise stopped
+
+
+def _whole(op: str, options: Options, status: str, why: str) -> Record:
+    """One record that stands for all rows of ``op``."""
+    every = Shape({}, "the whole benchmark")
+    return Record.of(op, "", "", every, torch.float32, options.device, status=status, why=why)
+
+
+_LATE = "the run's time was over"
+
+
+def _end_to_end(bench: Any, options: Options) -> Iterator[Record]:
+    if time.monotonic() > options.deadline:
+        yield _whole(bench.OP, options, "not reached", _LATE)
+        return
+    try:
+        yield from bench.run(options)
+    except KeyboardInterrupt:
+        yield _whole(bench.OP, options, "interrupted", "stopped before its end")
+        raise
+    except Exception as error:
+        yield _whole(bench.OP, options, "failed", reason(error))
+
+
+def run_rows(
+    bench: Any, shape: Shape, dtype: torch.dtype, mode: str, options: Options
+) -> Iterator[Record]:
+    """The rows of one shape, dtype and mode, timed against each other."""
+    device = options.device
+    due = [r for r in rows_of(bench, device) if not options.rows or r in options.rows]
+
+    def record(row: str, status: str = "ok", why: str = "", **measured) -> Record:
+        due.remove(row)
+        return Record.of(
+            bench.OP, mode, row, shape, dtype, device, status=status, why=why, **measured
+        )
+
+    if time.monotonic() > options.deadline:
+        for row in list(due):
+            yield record(row, "not reached", _LATE)
+        return
+    try:
+        yield from _measure(bench, shape, dtype, mode, options, due, record)
+    except KeyboardInterrupt:
+        for row in list(due):
+            yield record(row, "interrupted", "stopped before its end")
+        raise
+    except Exception as error:  # the inputs, or the benchmark's own code
+        for row in list(due):
+            yield record(row, "failed", reason(error))
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _measure(
+    bench: Any,
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    options: Options,
+    due: list[str],
+    record: Callable[..., Record],
+) -> Iterator[Record]:
+    device = options.device
+    torch.manual_seed(0)
+    inputs = bench.inputs(shape, dtype, device)
+    rows = bench.calls(inputs, mode)
+    as_graph = device == "cuda" and mode in getattr(bench, "GRAPH", ())
+    calls: dict[str, Callable[[], object]] = {}
+    for row in list(due):
+        call = rows.get(row, Absent(f"has no {mode}"))
+        if isinstance(call, Absent):
+            yield record(row, "absent", call.why)
+            continue
+        try:
+            calls[row] = graphed(call) if as_graph else call
+            wrong = bench.check(inputs, mode, row, calls[row]())
+        except Exception as error:
+            wrong = ""
+            calls.pop(row, None)
+            yield record(row, "failed", reason(error))
+        if wrong:
+            del calls[row]
+            yield record(row, "wrong", wrong)
+    ms, host, failures = time_calls(calls, device, options.rounds)
+    work = bench.work(shape, dtype, mode)
+    for row, call in calls.items():
+        if row in failures:
+            yield record(row, "failed", failures[row])
+            continue
+        median = statistics.median(ms[row])
+        yield record(
+            row,
+            ms=median,
+            ms_p20=quantile(ms[row], 0.2),
+            ms_p80=quantile(ms[row], 0.8),
+            gb_per_s=work.bytes / median / 1e6 if work.bytes else None,
+            tflop_per_s=work.flops / median / 1e9 if work.flops else None,
+            peak_mib=peak_mib(call, device) if getattr(bench, "MEMORY", False) else None,
+            host_us=statistics.median(host[row]) if device == "cuda" else None,
+            repeats=len(ms[row]),
+            timing="graph" if as_graph else "events" if device == "cuda" else "wall",
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Its type and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
