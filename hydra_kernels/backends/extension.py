@@ -29,16 +29,22 @@ def _openmp_libraries() -> list[str]:
     return found + ([system] if system else [])
 
 
+def share_openmp() -> None:
+    """Make the symbols of torch's OpenMP runtime visible to libraries that are loaded later."""
+    if sys.platform != "linux":
+        return
+    for path in _openmp_libraries():
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue  # the import that needs it fails, with its own reason, if none was loadable
+        break
+
+
 def _load() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("hydra_kernels._C") is None:
         return None, "the compiled extension is not part of this install (HYDRA_BUILD=none)"
-    if sys.platform == "linux":
-        for path in _openmp_libraries():
-            try:
-                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            except OSError:
-                continue  # the import below fails, with its own reason, if none was loadable
-            break
+    share_openmp()
     try:
         return importlib.import_module("hydra_kernels._C"), ""
     except ImportError as error:

@@ -60,10 +60,11 @@ def ppo_loss_fwd_kernel(
     sums = partial + block * 16
     tl.store(sums + 8, tl.sum(keep.to(tl.float32)))
     if HAS_POLICY:
-        # A masked load reads nothing where the token does not count, so NaN there cannot enter.
-        logprob = tl.load(logprobs + offs, mask=keep, other=0.0)
-        old_logprob = tl.load(old_logprobs + offs, mask=keep, other=0.0)
-        advantage = tl.load(advantages + offs, mask=keep, other=0.0)
+        # Selected after the load: a load masked by what does not come in runs of four tokens is
+        # one of 4 bytes, not of 16.
+        logprob = tl.where(keep, tl.load(logprobs + offs, mask=inside), 0.0)
+        old_logprob = tl.where(keep, tl.load(old_logprobs + offs, mask=inside), 0.0)
+        advantage = tl.where(keep, tl.load(advantages + offs, mask=inside), 0.0)
         log_ratio = logprob - old_logprob
         cut = tl.abs(log_ratio) > LOG_RATIO_LIMIT
         log_ratio = tl.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio)
@@ -86,9 +87,9 @@ def ppo_loss_fwd_kernel(
         tl.store(sums + 5, 0.0)
         tl.store(sums + 7, 0.0)
     if HAS_VALUE:
-        value = tl.load(values + offs, mask=keep, other=0.0)
-        old_value = tl.load(old_values + offs, mask=keep, other=0.0)
-        target = tl.load(returns + offs, mask=keep, other=0.0)
+        value = tl.where(keep, tl.load(values + offs, mask=inside), 0.0)
+        old_value = tl.where(keep, tl.load(old_values + offs, mask=inside), 0.0)
+        target = tl.where(keep, tl.load(returns + offs, mask=inside), 0.0)
         low = old_value - cliprange_value
         high = old_value + cliprange_value
         moved = tl.where(value < low, low, value)
@@ -104,11 +105,11 @@ def ppo_loss_fwd_kernel(
         tl.store(sums + 1, 0.0)
         tl.store(sums + 6, 0.0)
     if HAS_ENTROPY:
-        tl.store(sums + 2, tl.sum(tl.load(entropy + offs, mask=keep, other=0.0)))
+        tl.store(sums + 2, tl.sum(tl.where(keep, tl.load(entropy + offs, mask=inside), 0.0)))
     else:
         tl.store(sums + 2, 0.0)
     if HAS_KL:
-        tl.store(sums + 3, tl.sum(tl.load(kl + offs, mask=keep, other=0.0)))
+        tl.store(sums + 3, tl.sum(tl.where(keep, tl.load(kl + offs, mask=inside), 0.0)))
     else:
         tl.store(sums + 3, 0.0)
 
@@ -200,15 +201,16 @@ def fwd(
 def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """The kernel as it is launched for a policy and a value function, for scripts/compile_check."""
     names = ["logprobs", "values", "old_logprobs", "old_values", "advantages", "returns"]
-    signature = {name: "*fp32" for name in [*names, "entropy", "kl"]}
-    signature |= {"mask": "*u8", "partial": "*fp32", "ticket": "*i32", "stats": "*fp32"}
-    signature |= {"dlogprobs": "*fp32", "dvalues": "*fp32", "num_tokens": "i32"}
+    signature = {name: "*fp32:16" for name in [*names, "entropy", "kl"]}
+    signature |= {"mask": "*u8:16", "partial": "*fp32:16", "ticket": "*i32:16", "stats": "*fp32:16"}
+    signature |= {"dlogprobs": "*fp32:16", "dvalues": "*fp32:16", "num_tokens": "i32:16"}
     signature |= dict.fromkeys(
         ["cliprange", "cliprange_value", "vf_coef", "ent_coef", "kl_coef"], "fp32"
     )
     constexprs = {"HAS_POLICY": True, "HAS_VALUE": True, "HAS_ENTROPY": True, "HAS_KL": True}
     constexprs |= {"BLOCK": BLOCK, "BLOCK_PARTIAL": 64}
-    yield ppo_loss_fwd_kernel, signature, constexprs, {"num_warps": 4, "num_stages": 1}
+    options = {"num_warps": 4, "expects": ("wide_loads",)}
+    yield ppo_loss_fwd_kernel, signature, constexprs, options
 
 
 registry.register(
