@@ -77,10 +77,36 @@ def lora_linear(
     if adapter_ids is None:
         a, b, scales, owners = a[:1], b[:1], scales[:1], owners[:1]
     else:
-        check_ids(adapter_ids, len(a), x)
+        check_ids(adapter_ids, len(a))
+    return gated_linear(
+        x, weight, bias, a, b, scales, owners, adapter_ids, dropout, seed, backend=backend
+    )
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float | Tensor],
+    owners: Sequence[int],
+    adapter_ids: Tensor | None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`lora_linear` on arguments that fit, with the id that switches each adapter on.
+
+    Adapter j runs on the rows whose id is ``owners[j]``, or on all of them where ``adapter_ids`` is
+    None. For modules, which know their shapes and hold only some of a model's adapters.
+    """
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
-    registry.select(_OP, backend, x, weight, bias, *a, *b, adapter_ids)
-    return reference.lora_linear(x, weight, bias, a, b, scales, owners, adapter_ids, dropout, drawn)
+    registry.select(_OP, backend, x, weight, bias, *lora_a, *lora_b, adapter_ids)
+    return reference.lora_linear(
+        x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, drawn
+    )
 
 
 def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
@@ -152,7 +178,7 @@ def _check(
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
 
 
-def check_ids(adapter_ids: Tensor, n: int, x: Tensor) -> None:
+def check_ids(adapter_ids: Tensor, n: int) -> None:
     """Raises ValueError for an id outside -1 to ``n - 1``, where looking at it costs no sync."""
     if adapter_ids.numel() == 0 or torch.compiler.is_compiling():
         return

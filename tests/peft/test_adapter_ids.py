@@ -1,0 +1,328 @@
+"""Which adapter runs on which row: in training, recomputed, compiled, and in other threads."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hydra_kernels.peft as hydra_peft
+from hydra_kernels.peft import adapter_ids
+from tests.peft.models import adapter_gradients, make_model, make_tokens
+
+NAMES = ("one", "two")
+
+
+def make_fused(name="llama", **kwargs):
+    model = make_model(name, NAMES, **kwargs)
+    hydra_peft.fuse(model)
+    return model
+
+
+def upstream(logits):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(logits.shape, generator=generator)
+
+
+def by_pefts_adapters(model, tokens, ids):
+    """Logits with one call of PEFT for each row, the adapter of that row made active."""
+    rows = []
+    for row, i in zip(tokens, ids, strict=True):
+        if i < 0:
+            with model.disable_adapter():
+                rows.append(model(row[None]).logits)
+        else:
+            model.base_model.set_adapter(NAMES[i])
+            rows.append(model(row[None]).logits)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_()
+    return torch.cat(rows)
+
+
+def test_adapter_names_are_in_the_order_they_were_added():
+    model = make_fused()
+    assert hydra_peft.adapter_names(model) == ["one", "two"]
+    with pytest.raises(ValueError, match="no adapters"):
+        hydra_peft.adapter_names(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("ids", [[0, 1, -1], [1, 1, 1], [-1, -1, -1]], ids=str)
+def test_a_mixed_batch_equals_one_adapter_at_a_time(name, ids):
+    model = make_fused(name)
+    tokens = make_tokens()
+    expected = by_pefts_adapters(model, tokens, ids)
+    with adapter_ids(model, torch.tensor(ids)):
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    if len(set(ids)) == 1:
+        with adapter_ids(model, ids[0]):
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_one_id_for_each_token(name):
+    model = make_fused(name)
+    tokens = make_tokens(2, 5)
+    rows = torch.tensor([[0, 0, 1, 1, -1], [1, -1, -1, 0, 0]])
+    same = torch.tensor([0, 1])
+    with adapter_ids(model, same):
+        expected = model(tokens).logits
+    with adapter_ids(model, same[:, None].expand(2, 5)):
+        torch.testing.assert_close(model(tokens).logits, expected)
+    with adapter_ids(model, rows):
+        mixed = model(tokens).logits
+    torch.testing.assert_close(mixed[0, :2], expected[0, :2])
+    assert not torch.allclose(mixed[0, 2:], expected[0, 2:])
+
+
+def test_every_adapter_of_a_mixed_batch_trains():
+    """A mixed batch's gradients are the sums of its rows'; PEFT's adapter_names raises here."""
+    model = make_fused()
+    tokens = make_tokens()
+    ids = [0, 1, -1]
+    with adapter_ids(model, torch.tensor(ids)):
+        logits = model(tokens).logits
+        logits.backward(upstream(logits))
+    mixed = adapter_gradients(model)
+    model.zero_grad(set_to_none=True)
+    expected = by_pefts_adapters(model, tokens, ids)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("lora_" in name)
+    # PEFT switches requires_grad between the rows, so that each is differentiated on its own
+    for i, name in enumerate(NAMES):
+        model.base_model.set_adapter(name)
+        row = model(tokens[i : i + 1]).logits
+        row.backward(upstream(expected)[i : i + 1])
+        for parameter, gradient in adapter_gradients(model).items():
+            if f".{name}." in parameter:
+                torch.testing.assert_close(mixed[parameter], gradient, rtol=1e-4, atol=1e-5)
+    assert any(".one." in n for n in mixed) and any(".two." in n for n in mixed)
+
+
+def test_roles_touch_nothing_of_the_model():
+    model = make_fused()
+    frozen = next(p for n, p in model.named_parameters() if "lora_" in n)
+    frozen.requires_grad_(False)
+    before = [(p.requires_grad, p._version) for p in model.parameters()], model.active_adapters
+    tokens = make_tokens()
+    for ids in (1, -1, torch.tensor([0, 1, -1]), None, 0):
+        with adapter_ids(model, ids):
+            model(tokens)
+    assert before == ([(p.requires_grad, p._version) for p in model.parameters()],
+                      model.active_adapters)  # fmt: skip
+
+
+def test_contexts_nest_and_end_by_an_exception():
+    model = make_fused()
+    tokens = make_tokens()
+    plain = model(tokens).logits
+    with adapter_ids(model, 1):
+        second = model(tokens).logits
+        with adapter_ids(model, None):
+            assert torch.equal(model(tokens).logits, plain)
+        with pytest.raises(ZeroDivisionError), adapter_ids(model, -1):
+            raise ZeroDivisionError
+        assert torch.equal(model(tokens).logits, second)
+    assert torch.equal(model(tokens).logits, plain)
+    role = adapter_ids(model, 1)
+    with role, role:
+        assert torch.equal(model(tokens).logits, second)
+    assert torch.equal(model(tokens).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(2, "between -1 and 1, got 2"), (-2, "got -2"), (torch.tensor([0.0]), "integers")],
+    ids=str,
+)
+def test_refusals_at_entry(ids, message):
+    with pytest.raises(ValueError, match=message):
+        adapter_ids(make_fused(), ids)
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 1], [0, 1]], ids=str)
+def test_refusals_in_the_forward(ids):
+    model = make_fused()
+    with pytest.raises(ValueError, match="adapter_ids"), adapter_ids(model, torch.tensor(ids)):
+        model(make_tokens())
+
+
+def test_adapters_added_later_have_ids():
+    model = make_fused()
+    with adapter_ids(model, 1):
+        model(make_tokens())
+    model.add_adapter("three", model.peft_config["one"])
+    tokens = make_tokens()
+    with adapter_ids(model, 2):
+        fresh = model(tokens).logits  # its B is zero
+    with adapter_ids(model, -1):
+        torch.testing.assert_close(model(tokens).logits, fresh)
+    model.delete_adapter("one")
+    with adapter_ids(model, 0):
+        second = model(tokens).logits
+    model.base_model.set_adapter("two")
+    torch.testing.assert_close(second, model(tokens).logits)
+
+
+def test_an_adapter_that_a_layer_lacks_leaves_the_layer_alone():
+    model = make_model("llama", ("one",), target_modules=["q_proj"])
+    hydra_peft.fuse(model)
+    other = model.peft_config["one"].__class__(
+        r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model.add_adapter("two", other)
+    with pytest.raises(ValueError, match="down_proj"):
+        adapter_ids(model, 0)  # PEFT made new layers of its own
+    hydra_peft.fuse(model)
+    tokens = make_tokens()
+    with adapter_ids(model, 0):
+        first = model(tokens).logits
+    torch.testing.assert_close(first, model(tokens).logits)
+
+
+def test_threads_do_not_see_each_others_ids():
+    model = make_fused()
+    tokens = make_tokens()
+    expected = {}
+    for i in (-1, 0, 1):
+        with adapter_ids(model, i):
+            expected[i] = model(tokens).logits
+    meet = threading.Barrier(3)
+    wrong = []
+
+    def work(i):
+        with adapter_ids(model, i):
+            for _ in range(5):
+                meet.wait(timeout=60)
+                if not torch.equal(model(tokens).logits, expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (-1, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def roles_then_one_backward(model, tokens):
+    """Two roles and a mixed batch forward, then one backward for all of them, outside."""
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for ids in (0, 1, torch.tensor([1, -1, 0])):
+        with adapter_ids(model, ids):
+            logits = model(tokens).logits
+        total = total + (logits * upstream(logits)).sum()
+    with adapter_ids(model, -1):  # what a gate that is read at recomputation would see
+        total.backward()
+    return adapter_gradients(model)
+
+
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys() != set()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_recomputation_sees_the_ids_of_its_own_forward(use_reentrant, when, name):
+    model = make_model(name, NAMES, lora_dropout=0.2)
+    tokens = make_tokens()
+    if when == "after":
+        hydra_peft.fuse(model)
+    for module in model.modules():  # dropout would need the same generator in both runs
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if when == "before":
+        hydra_peft.fuse(model)
+    expected = roles_then_one_backward(model, tokens)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert_same_gradients(roles_then_one_backward(model, tokens), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_draws_the_same_dropout(use_reentrant):
+    model = make_fused(lora_dropout=0.3)
+    tokens = make_tokens()
+    torch.manual_seed(3)
+    with adapter_ids(model, 1):
+        logits = model(tokens).logits
+        logits.backward(upstream(logits))
+    expected = adapter_gradients(model)
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    with adapter_ids(model, 1):
+        logits = model(tokens).logits
+    logits.backward(upstream(logits))
+    assert_same_gradients(adapter_gradients(model), expected)
+
+
+class Block(nn.Module):
+    """A model that checkpoints by hand, with the function it is given."""
+
+    def __init__(self, model, run):
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, tokens):
+        decoder = self.model.get_base_model().model
+        x = decoder.embed_tokens(tokens).requires_grad_()
+        return self.run(decoder.layers[0].mlp, x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_by_hand(use_reentrant):
+    model = make_fused()
+    tokens = make_tokens()
+
+    def gradients(run):
+        model.zero_grad(set_to_none=True)
+        block = Block(model, run)
+        with adapter_ids(model, 1):
+            out = block(tokens)
+        with adapter_ids(model, 0):
+            out.backward(upstream(out))
+        return adapter_gradients(model)
+
+    expected = gradients(lambda f, x: f(x))
+    kept = partial(hydra_peft.checkpoint, model, use_reentrant=use_reentrant)
+    assert_same_gradients(gradients(kept), expected)
+    with pytest.raises(RuntimeError, match="keep_adapter_ids"):
+        gradients(partial(checkpoint, use_reentrant=use_reentrant))
+    assert_same_gradients(gradients(kept), expected)  # and the refusal left nothing behind
+
+
+def test_new_ids_do_not_recompile():
+    model = make_fused().eval()
+    tokens = make_tokens()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), backend=backend, fullgraph=True)
+
+    def check(ids):
+        with adapter_ids(model, ids), torch.no_grad():
+            torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+    check(0)
+    assert len(graphs) == 1
+    for ids in (1, -1, 0):
+        check(ids)
+    assert len(graphs) == 1
+    check(torch.tensor([0, 1, -1]))
+    assert len(graphs) == 2  # another shape of ids
+    for ids in ([1, 1, 1], [-1, -1, -1], [-1, 0, 1]):
+        check(torch.tensor(ids))
+    assert len(graphs) == 2
