@@ -16,6 +16,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &hydra::build_info);
   m.def("ppo_loss_fwd_cpu", &hydra::cpu::ppo_loss_fwd, release_gil());
 
+  m.def("kl_rewards_fwd_cpu", &hydra::cpu::kl_rewards_fwd, release_gil());
+  m.def("gae_fwd_cpu", &hydra::cpu::gae_fwd, release_gil());
+  m.def("masked_whiten_moments_cpu", &hydra::cpu::masked_whiten_moments, release_gil());
+  m.def("masked_whiten_fwd_cpu", &hydra::cpu::masked_whiten_fwd, release_gil());
+  m.def("advantages_fwd_cpu", &hydra::cpu::advantages_fwd, release_gil());
+
 #ifdef HYDRA_WITH_CUDA
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());
   m.def("ppo_loss_blocks_cuda", &hydra::cuda::ppo_loss_blocks, release_gil());

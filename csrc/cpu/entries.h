@@ -13,4 +13,25 @@ void ppo_loss_fwd(
     float cliprange, float cliprange_value, float vf_coef, float ent_coef, float kl_coef,
     std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues);
 
+// Rows x columns are B x T. An absent tensor is the address 0; estimator is a KLEstimator.
+void kl_rewards_fwd(
+    std::uintptr_t scores, std::uintptr_t logprobs, std::uintptr_t ref_logprobs,
+    std::uintptr_t mask, std::int64_t num_rows, std::int64_t num_cols, float kl_coef, int estimator,
+    std::uintptr_t rewards);
+void gae_fwd(
+    std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t mask, std::uintptr_t last_values,
+    std::int64_t num_rows, std::int64_t num_cols, double gamma, double lam,
+    std::uintptr_t advantages, std::uintptr_t returns);
+void masked_whiten_moments(
+    std::uintptr_t x, std::uintptr_t mask, std::int64_t length, std::uintptr_t moments);
+void masked_whiten_fwd(
+    std::uintptr_t x, std::uintptr_t mask, std::int64_t length, std::uintptr_t moments,
+    bool shift_mean, std::uintptr_t out);
+void advantages_fwd(
+    std::uintptr_t scores, std::uintptr_t logprobs, std::uintptr_t ref_logprobs,
+    std::uintptr_t values, std::uintptr_t mask, std::uintptr_t last_values, std::int64_t num_rows,
+    std::int64_t num_cols, float kl_coef, int estimator, double gamma, double lam,
+    std::uintptr_t rewards, std::uintptr_t advantages, std::uintptr_t returns,
+    std::uintptr_t moments);
+
 }  // namespace hydra::cpu

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
+from hydra_kernels.backends.reference import advantages as _reference  # noqa: F401  registers it
+from hydra_kernels.backends.token_ops import state_dtype
 from hydra_kernels.ops.gae import gae
 from hydra_kernels.ops.kl_rewards import check_kl_arguments, kl_rewards
 from hydra_kernels.ops.masked_whiten import masked_whiten, reduced_moments, whiten_by
-from hydra_kernels.ops.token_checks import check_same_device, check_shape, check_unit_interval
+from hydra_kernels.ops.token_tensors import check_same_device, check_shape, check_unit_interval, dense
 
 _OP = "advantages"
 
@@ -104,10 +105,10 @@ def advantages(
             advantage = masked_whiten(advantage, mask, reduce=reduce, backend=backend)
         return Advantages(advantage, returns, rewards)
 
-    scores, logprobs, ref_logprobs, values, kl, last_values = (
-        None if t is None else t.detach()
-        for t in (scores, logprobs, ref_logprobs, values, kl, last_values)
+    scores, logprobs, ref_logprobs, values, kl, last_values = map(
+        dense, (scores, logprobs, ref_logprobs, values, kl, last_values)
     )
+    mask = mask.contiguous()
     name = registry.select(
         _OP, backend, scores, logprobs, ref_logprobs, values, mask, kl, last_values
     )

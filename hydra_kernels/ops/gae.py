@@ -7,12 +7,14 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
-from hydra_kernels.ops.token_checks import (
+from hydra_kernels.backends.reference import gae as _reference  # noqa: F401  registers it
+from hydra_kernels.backends.token_ops import state_dtype
+from hydra_kernels.ops.token_tensors import (
     check_bool,
     check_same_device,
     check_shape,
     check_unit_interval,
+    dense,
 )
 
 _OP = "gae"
@@ -64,13 +66,14 @@ def gae(
     check_shape(_OP, mask.shape, rewards=rewards, values=values)
     if last_values is not None:
         check_shape(_OP, mask.shape[:1], last_values=last_values)
-        last_values = last_values.detach()
     check_same_device(_OP, rewards=rewards, values=values, mask=mask, last_values=last_values)
     check_unit_interval(_OP, gamma=gamma, lam=lam)
 
+    rewards, values, last_values = map(dense, (rewards, values, last_values))
+    mask = mask.contiguous()
     name = registry.select(_OP, backend, rewards, values, mask, last_values)
     run = _compiled if torch.compiler.is_compiling() else _run
-    return run(rewards.detach(), values.detach(), mask, gamma, lam, last_values, name)
+    return run(rewards, values, mask, gamma, lam, last_values, name)
 
 
 def _run(

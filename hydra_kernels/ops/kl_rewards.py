@@ -7,11 +7,11 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
-from hydra_kernels.ops.token_checks import check_bool, check_same_device, check_shape
+from hydra_kernels.backends.reference import kl_rewards as _reference  # noqa: F401  registers it
+from hydra_kernels.backends.token_ops import ESTIMATORS, state_dtype
+from hydra_kernels.ops.token_tensors import check_bool, check_same_device, check_shape, dense
 
 _OP = "kl_rewards"
-ESTIMATORS = ("k1", "k2", "k3", "exact")
 
 
 def check_kl_arguments(
@@ -61,7 +61,7 @@ def kl_rewards(
     ``-kl_coef * KL_t + scores * [t is the last counted token]``, with Schulman's estimators of
     KL(policy || reference) from the sampled token ("Approximating KL Divergence", 2020), where
     ``r = exp(ref_logprobs - logprobs)``: ``k1 = -log r``, ``k2 = (log r)^2 / 2``,
-    ``k3 = r - 1 - log r`` (``r`` saturates at e^80, so that finite inputs give finite rewards).
+    ``k3 = r - 1 - log r`` (``r`` saturates at e^60, so that finite inputs give finite rewards).
 
     A constant of the update: no gradient flows through it, and inputs that ask for one are
     detached. By hand: one token with ``logprobs`` -1, ``ref_logprobs`` -3, score 5, ``kl_coef`` 0.5
@@ -90,9 +90,8 @@ def kl_rewards(
     check_kl_arguments(_OP, scores, logprobs, ref_logprobs, mask, estimator, kl)
     if estimator == "exact":
         logprobs = ref_logprobs = None
-    scores, logprobs, ref_logprobs, kl = (
-        None if t is None else t.detach() for t in (scores, logprobs, ref_logprobs, kl)
-    )
+    scores, logprobs, ref_logprobs, kl = map(dense, (scores, logprobs, ref_logprobs, kl))
+    mask = mask.contiguous()
     name = registry.select(_OP, backend, scores, logprobs, ref_logprobs, mask, kl)
     run = _compiled if torch.compiler.is_compiling() else _run
     return run(scores, logprobs, ref_logprobs, mask, kl_coef, estimator, kl, name)

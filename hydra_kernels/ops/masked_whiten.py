@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
-from hydra_kernels.ops.token_checks import check_bool, check_same_device, check_shape
+from hydra_kernels.backends.reference import masked_whiten as _reference  # noqa: F401  registers
+from hydra_kernels.backends.token_ops import state_dtype
+from hydra_kernels.ops.token_tensors import check_bool, check_same_device, check_shape, dense
 
 _OP = "masked_whiten"
 
@@ -52,7 +53,7 @@ def masked_whiten(
     check_bool(_OP, mask=mask)
     check_shape(_OP, mask.shape, x=x)
     check_same_device(_OP, x=x, mask=mask)
-    x = x.detach()
+    x, mask = dense(x), mask.contiguous()
     name = registry.select(_OP, backend, x, mask)
 
     moments_of = _compiled_moments if torch.compiler.is_compiling() else _run_moments
@@ -73,9 +74,8 @@ def reduced_moments(moments: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tens
     count, mean, m2 = moments.unbind()
     # Sums add up over processes, moments about differing means do not. In float64 the difference
     # below keeps 8 digits for a mean 10^4 standard deviations from zero.
-    total, linear, square = reduce(
-        torch.stack((count, count * mean, m2 + count * mean * mean))
-    ).unbind()
+    sums = reduce(torch.stack((count, count * mean, m2 + count * mean * mean)))
+    total, linear, square = sums.to(moments).unbind()
     mean = linear / total.clamp(min=1.0)
     return torch.stack((total, mean, (square - linear * mean).clamp(min=0.0)))
 

@@ -8,7 +8,7 @@ from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference.gae import gae_fwd
 from hydra_kernels.backends.reference.kl_rewards import kl_rewards_fwd
 from hydra_kernels.backends.reference.masked_whiten import masked_whiten_moments
-from hydra_kernels.backends.state import state_dtype
+from hydra_kernels.backends.token_ops import state_dtype
 
 
 def advantages_fwd(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
+from hydra_kernels.backends.token_ops import state_dtype
 
 
 def gae_fwd(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
+from hydra_kernels.backends.token_ops import state_dtype
 
-# exp(80) = 5.5e34 still leaves float32 three decades for the coefficient and for a sum of tokens.
-MAX_LOG_RATIO = 80.0
+# exp(60) = 1e26 leaves float32 room for the coefficient and for a sum of tokens.
+MAX_LOG_RATIO = 60.0
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

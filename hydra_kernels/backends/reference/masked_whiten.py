@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.state import state_dtype
+from hydra_kernels.backends.token_ops import WhitenKernel, state_dtype
 
 EPS = 1e-8  # TRL's, added to the variance
-
-
-@dataclass(frozen=True)
-class WhitenKernel(registry.Kernel):
-    """A kernel in two halves, so that the moments can be all-reduced between them.
-
-    Attributes:
-        moments: ``(x, mask)`` to a (3,) float64 tensor: the number of counted elements, their mean,
-            and the sum of the squares of their deviations from it.
-    """
-
-    moments: Callable = None
 
 
 def masked_whiten_moments(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops on (B, T) tensors of tokens."""
+"""What the ops on (B, T) tensors of tokens ask of their arguments, and what kernels get."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def check_unit_interval(op: str, **numbers: float) -> None:
     for name, number in numbers.items():
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{op}: {name} must be in [0, 1], got {number}")
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels take it: a constant, contiguous, half precision widened to float32."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor.contiguous()

@@ -1,0 +1,41 @@
+"""What the backends of the token-level ops share: dtype of the state, estimators, whitening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hydra_kernels.backends import registry
+
+#: In the order of KLEstimator in csrc/include/hydra/kl.h.
+ESTIMATORS = ("k1", "k2", "k3", "exact")
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where a tensor is float64, else float32, whatever half precision came in."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """What a binding takes: where each tensor is, 0 for an absent one."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _no_moments(x: Tensor, mask: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WhitenKernel(registry.Kernel):
+    """A kernel in two halves, so that the moments can be all-reduced between them.
+
+    Attributes:
+        moments: ``(x, mask)`` to a (3,) float64 tensor: the number of counted elements, their mean,
+            and the sum of the squares of their deviations from it.
+    """
+
+    moments: Callable[[Tensor, Tensor], Tensor] = _no_moments
