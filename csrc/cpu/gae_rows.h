@@ -7,6 +7,7 @@
 #include "cpu/multiversion.h"
 #include "cpu/parallel.h"
 #include "hydra/gae.h"
+#include "hydra/where.h"
 
 namespace hydra::cpu {
 
@@ -74,8 +75,8 @@ inline void gae_rows(const GAE in, std::int64_t first_row) {
         for (std::int64_t t = 0; t < length; ++t) {
           const bool counts = mask[t] != 0;
           const float advantage = gae_advantage(rewards[t], values[t], carry_row[t]);
-          advantages[t] = counts ? advantage : 0.0f;
-          returns[t] = counts ? advantage + values[t] : 0.0f;
+          advantages[t] = where(counts, advantage);
+          returns[t] = where(counts, advantage + values[t]);
         }
       }
     }

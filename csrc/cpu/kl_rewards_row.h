@@ -4,6 +4,7 @@
 
 #include "cpu/multiversion.h"
 #include "hydra/kl.h"
+#include "hydra/where.h"
 
 namespace hydra::cpu {
 
@@ -23,12 +24,17 @@ inline void kl_penalties(
     const float* logprobs, const float* ref_logprobs, const std::uint8_t* mask,
     std::int64_t num_cols, float kl_coef, float* rewards) {
   multiversion([=] {
+    // Locals: a captured float could alias what is stored, and would be read again each time.
+    const float *p = logprobs, *q = ref_logprobs;
+    const std::uint8_t* keep = mask;
+    const float weight = -kl_coef;
+    float* out = rewards;
+    const std::int64_t length = num_cols;
 #pragma omp simd
-    for (std::int64_t t = 0; t < num_cols; ++t) {
-      float ref_logprob = 0.0f;
-      if constexpr (kEstimator != KLEstimator::kExact) ref_logprob = ref_logprobs[t];
-      const float kl = kl_estimate<kEstimator>(logprobs[t], ref_logprob);
-      rewards[t] = mask[t] != 0 ? -kl_coef * kl : 0.0f;
+    for (std::int64_t t = 0; t < length; ++t) {
+      const float kl =
+          kl_estimate<kEstimator>(p[t], kEstimator == KLEstimator::kExact ? 0.0f : q[t]);
+      out[t] = where(keep[t] != 0, weight * kl);
     }
     return 0;
   });

@@ -7,12 +7,13 @@
 #include "cpu/masked_whiten_block.h"
 #include "cpu/parallel.h"
 #include "hydra/pointer.h"
+#include "hydra/where.h"
 
 namespace hydra::cpu {
 namespace {
 
 // Merged in order: the result depends neither on the number of threads nor on their timing.
-constexpr std::int64_t kBlock = 2048;
+constexpr std::int64_t kBlock = 4 * kWhitenChunk;
 
 std::int64_t num_blocks(std::int64_t length) {
   return (length + kBlock - 1) / kBlock;
@@ -49,9 +50,14 @@ void masked_whiten_fwd(
     const std::int64_t begin = block * kBlock;
     const std::int64_t end = std::min(begin + kBlock, length);
     multiversion([=] {
+      const float* in = elements;
+      const std::uint8_t* keep = counts;
+      float* result = whitened;
+      const Whitening w = by;
+      const std::int64_t first = begin, last = end;
 #pragma omp simd
-      for (std::int64_t i = begin; i < end; ++i) {
-        whitened[i] = counts[i] != 0 ? whiten(elements[i], by) : 0.0f;
+      for (std::int64_t i = first; i < last; ++i) {
+        result[i] = where(keep[i] != 0, whiten(in[i], w));
       }
       return 0;
     });

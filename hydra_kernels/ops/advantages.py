@@ -15,7 +15,12 @@ from hydra_kernels.backends.token_ops import state_dtype
 from hydra_kernels.ops.gae import gae
 from hydra_kernels.ops.kl_rewards import check_kl_arguments, kl_rewards
 from hydra_kernels.ops.masked_whiten import masked_whiten, reduced_moments, whiten_by
-from hydra_kernels.ops.token_tensors import check_same_device, check_shape, check_unit_interval, dense
+from hydra_kernels.ops.token_tensors import (
+    check_same_device,
+    check_shape,
+    check_unit_interval,
+    dense,
+)
 
 _OP = "advantages"
 
