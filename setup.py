@@ -143,10 +143,11 @@ class CMakeBuild(build_ext):
 def extensions() -> list[Extension]:
     if build_mode() != "none":
         return [Extension("hydra_kernels._C", sources=[])]
-    # One left by an earlier build would be imported from an editable install all the same.
-    for stale in ROOT.glob("hydra_kernels/_C.*"):
-        print(f"HYDRA_BUILD=none: removing {stale.relative_to(ROOT)}", flush=True)
-        stale.unlink()
+    if {"editable_wheel", "develop", "--inplace"} & set(sys.argv):
+        # One left here by an earlier build would be imported all the same.
+        for stale in ROOT.glob("hydra_kernels/_C.*"):
+            print(f"HYDRA_BUILD=none: removing {stale.relative_to(ROOT)}", flush=True)
+            stale.unlink()
     return []
 
 

@@ -12,10 +12,10 @@ sm_100. A module with kernels has a function
         yield kernel, signature, constexprs, options
 
     kernel: the function under @triton.jit.
-    signature: {argument: type} of the arguments that are not constexpr. Types are Triton's ("*fp32",
-        "*bf16", "*i1", "i32", "i64", "fp32"); "*fp32:16" and "i32:16" promise divisibility by 16,
-        which torch's pointers always have and which wide loads need. A type of None is an argument
-        that is None.
+    signature: {argument: type} of the arguments that are not constexpr. Types are Triton's:
+        "*fp32", "*bf16", "*i1", "i32", "i64", "fp32". "*fp32:16" and "i32:16" promise divisibility
+        by 16, as a launch finds in a whole tensor's address and in most sizes; wide loads need it.
+        A type of None is an argument that is None.
     constexprs: {argument: value}.
     options: num_warps, num_stages and other options of triton.compile, and three of this script:
         label: what sets this variant apart in the table, e.g. "bf16 BLOCK_V=128".
