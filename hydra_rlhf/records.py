@@ -196,7 +196,7 @@ class Tracker:
         """Draw curves.png from metrics.jsonl; None where matplotlib is not installed."""
         if self.run_dir is None:
             return None
-        from hydra_rlhf import curves
+        from hydra_rlhf import curves  # type: ignore[attr-defined]
 
         return curves.draw(read_metrics(self.run_dir), self.run_dir / "curves.png")
 
@@ -311,7 +311,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, numeric: int
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     path = Path(run_dir) / METRICS
     if not path.exists():
         return lines

@@ -81,7 +81,7 @@ def reduced_moments(moments: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tens
 
 
 def _run_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
-    return registry.kernel(_OP, backend).moments(x, mask)
+    return registry.kernel(_OP, backend).moments(x, mask)  # type: ignore[attr-defined]
 
 
 def _run(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:

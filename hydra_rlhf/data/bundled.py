@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Iterable
 from importlib import resources
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -92,6 +93,6 @@ def _checked(split: str) -> str:
 
 
 @functools.cache
-def _read(name: str) -> list[dict[str, str]]:
+def _read(name: str) -> list[dict[str, Any]]:
     file = resources.files("hydra_rlhf.data") / "bundled" / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -285,7 +285,14 @@ PROMPTS = (
     "Can you talk about the {X}{when}?",
     "My friend asked me about the {X}{when}.",
 )
-WHENS = ("", " today", " this morning", " this evening", " in our town", " by the river")
+WHENS: tuple[str, ...] = (
+    "",
+    " today",
+    " this morning",
+    " this evening",
+    " in our town",
+    " by the river",
+)
 WHENS += (" near my house", " in the summer", " in the winter", " at the weekend")
 
 

@@ -207,7 +207,12 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
     signature |= dict.fromkeys(
         ["cliprange", "cliprange_value", "vf_coef", "ent_coef", "kl_coef"], "fp32"
     )
-    constexprs = {"HAS_POLICY": True, "HAS_VALUE": True, "HAS_ENTROPY": True, "HAS_KL": True}
+    constexprs: dict[str, Any] = {
+        "HAS_POLICY": True,
+        "HAS_VALUE": True,
+        "HAS_ENTROPY": True,
+        "HAS_KL": True,
+    }
     constexprs |= {"BLOCK": BLOCK, "BLOCK_PARTIAL": 64}
     options = {"num_warps": 4, "expects": ("wide_loads",)}
     yield ppo_loss_fwd_kernel, signature, constexprs, options
