@@ -29,7 +29,10 @@ SPLITS = ("train", "test")
 
 def demo_pairs(split: str = "train") -> list[Preference]:
     """The bundled preference pairs: 3500 to train on, or 400 held out (``split="test"``)."""
-    return [Preference(**record) for record in _read(_checked(split))]
+    return [
+        Preference(record["prompt"], record["chosen"], record["rejected"])
+        for record in _read(_checked(split))
+    ]
 
 
 def demo_prompts(split: str = "train") -> list[Prompt]:

@@ -285,15 +285,18 @@ PROMPTS = (
     "Can you talk about the {X}{when}?",
     "My friend asked me about the {X}{when}.",
 )
-WHENS: tuple[str, ...] = (
+WHENS = (
     "",
     " today",
     " this morning",
     " this evening",
     " in our town",
     " by the river",
+    " near my house",
+    " in the summer",
+    " in the winter",
+    " at the weekend",
 )
-WHENS += (" near my house", " in the summer", " in the winter", " at the weekend")
 
 
 def fill(template: str, topic: str) -> Iterator[str]:
