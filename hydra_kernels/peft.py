@@ -74,6 +74,9 @@ class _Current(threading.local):
     index: Mapping[str, int] = {}
     # The backward pass within which the ids were entered: a recomputation that names its own.
     entered_in: int = _NO_BACKWARD
+    # The one adapter (or none) that an int names, so that eager mode runs and differentiates it
+    # alone; None where a tensor decides on the device.
+    only: Mapping[str, int] | None = None
     # Rows of the last input that had its sequences apart.
     tokens: int = -1
 
@@ -83,9 +86,15 @@ class _Current(threading.local):
     def __reduce__(self) -> tuple[type, tuple]:
         return _Current, ()
 
-    def replace(self, ids: Tensor | None, index: Mapping[str, int], entered_in: int) -> tuple:
-        before = self.ids, self.index, self.entered_in
-        self.ids, self.index, self.entered_in = ids, index, entered_in
+    def replace(
+        self,
+        ids: Tensor | None,
+        index: Mapping[str, int],
+        entered_in: int,
+        only: Mapping[str, int] | None,
+    ) -> tuple:
+        before = self.ids, self.index, self.entered_in, self.only
+        self.ids, self.index, self.entered_in, self.only = ids, index, entered_in, only
         return before
 
 
@@ -159,10 +168,10 @@ class _KeepingCheckpoint:
 
 
 def _keep(current: _Current, function: Callable) -> Callable:
-    ids, index = current.ids, current.index
+    ids, index, only = current.ids, current.index, current.only
 
     def with_ids_of_forward(*args: Any, **kwargs: Any) -> Any:
-        before = current.replace(ids, index, _backward_pass())
+        before = current.replace(ids, index, _backward_pass(), only)
         try:
             return function(*args, **kwargs)
         finally:
@@ -196,7 +205,11 @@ class FusedLinear(lora.Linear):
         if current.entered_in == _NO_BACKWARD and self._model is not None and self._model.used:
             self._refuse_unknown_ids()
         if current.ids is not None and not self._disable_adapters:
-            return self._gated_forward(x, current.ids, current.index, *args, **kwargs)
+            # A compiled graph reads even an int on the device: the next one must not recompile it.
+            index = current.index
+            if not torch.compiler.is_compiling() and current.only is not None:
+                index = current.only
+            return self._gated_forward(x, current.ids, index, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         names = self._present(self.active_adapters)
@@ -312,7 +325,8 @@ class FusedLinear(lora.Linear):
             owners = tuple(index[name] for name in names)
             if not names:
                 return self.base_layer(x)
-            return self._fast_forward(x, names, owners, ids, dropout)
+            everywhere = not torch.compiler.is_compiling() and index is self._current.only
+            return self._fast_forward(x, names, owners, None if everywhere else ids, dropout)
         return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
 
     def _spread(self, ids: Tensor, x: Tensor) -> Tensor:
@@ -552,7 +566,7 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         ValueError: an int is out of range, or a LoRA layer of the model is not fused.
     """
 
-    __slots__ = ("_before", "_ids", "_model")
+    __slots__ = ("_before", "_ids", "_model", "_only")
 
     def __init__(self, model: nn.Module, ids: int | Tensor | None) -> None:
         known = model.__dict__.get("_hydra_model")
@@ -563,7 +577,9 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
             config = getattr(model, "peft_config", None)
             if isinstance(config, dict) and tuple(config) != known.names:
                 known.scan(model)
+        self._only: dict[str, int] | None = None
         if ids is not None and not isinstance(ids, Tensor):
+            self._only = {} if ids < 0 else {name: ids for name in known.names[ids : ids + 1]}
             ids = _scalar(known, ids)
         elif ids is not None:
             if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -578,7 +594,8 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         if self._ids is not None:
             known.used = True
         known.wrap_checkpoints()
-        self._before.append(known.current.replace(self._ids, known.index, _backward_pass()))
+        before = known.current.replace(self._ids, known.index, _backward_pass(), self._only)
+        self._before.append(before)
 
     def __exit__(self, *exception: object) -> None:
         self._model.current.replace(*self._before.pop())
