@@ -1,0 +1,659 @@
+"""HydraModel: one decoder, its heads, and roles that are an adapter id and a head.
+
+A *role* is data. ``actor`` is the causal head over the actor adapter, ``critic`` the value head
+over the critic adapter, ``reference`` and ``reward`` the causal and the reward head over the
+decoder with adapters off. Adapter ids travel with each forward and are kept by it, so that a later
+role, a recomputation in backward, or another thread cannot change them. Nothing here touches
+``requires_grad`` to change roles: the optimizer sees every adapter from the start.
+
+Source: Santacroce et al. 2023, arXiv:2309.00754, section 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import hydra_kernels.peft
+from hydra_kernels.nn import LMHead
+from hydra_rlhf import trunk as trunks
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.trunk import Prefix
+
+ROLES = ("actor", "critic", "reference", "reward")
+REWARD_HEAD = "reward_head.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+IGNORE = -100
+# Fields of Score are typed as what they hold when asked for.
+_ABSENT: Any = None
+
+
+class Role(NamedTuple):
+    adapter: str | None  # None is the decoder with adapters off
+    head: str  # "lm", "value" or "reward"
+
+
+class Score(NamedTuple):
+    """What a rollout needs. Fields of roles that were not asked for are None.
+
+    Attributes:
+        logprobs: (B, T) float32, of each response token under the actor; 0 where masked.
+        entropy: (B, T) float32, of the actor.
+        ref_logprobs: (B, T) float32, under the reference.
+        kl: (B, T) float32, exact KL(actor || reference) over the vocabulary.
+        values: (B, T) float32, the critic's at the state before each response token; 0 where
+            masked.
+        scores: (B,) float32, the reward head at the last response token that counts.
+    """
+
+    logprobs: Tensor = _ABSENT
+    entropy: Tensor = _ABSENT
+    ref_logprobs: Tensor = _ABSENT
+    kl: Tensor = _ABSENT
+    values: Tensor = _ABSENT
+    scores: Tensor = _ABSENT
+
+
+class HydraModel(nn.Module):
+    """A transformers causal LM with a reward head, a value head and adapters.
+
+    Args:
+        causal_lm: Any ``AutoModelForCausalLM``, as it is.
+        adapters: ("actor", "critic"), ("joint",), ("actor",), ("critic",) or (). With adapters the
+            decoder is frozen; without, it is left as it came.
+        lora_config: PEFT's, for every adapter; None adapts every linear layer of the blocks with
+            rank 128. A ``layers_to_transform`` that starts above 0 gives a shared prefix.
+        reward_head: (D -> 1) linear, frozen; None starts a new one at zero.
+        value_head: (D -> 1) linear, trained; None copies the reward head.
+        reference_adapter: Folder of a PEFT adapter that, frozen, makes the reference policy.
+
+    Raises:
+        UserError: an adapter set that no method has, or a PEFT folder that cannot be read.
+    """
+
+    base: Any  # transformers' model, or PEFT's around it
+    lm_head: LMHead
+
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        *,
+        adapters: Sequence[str] = (),
+        lora_config: peft.LoraConfig | None = None,
+        reward_head: nn.Linear | None = None,
+        value_head: nn.Linear | None = None,
+        reference_adapter: str | None = None,
+    ):
+        super().__init__()
+        adapters = tuple(adapters)
+        known = ((), ("actor",), ("critic",), ("joint",), ("actor", "critic"))
+        if adapters not in known:
+            raise UserError(f"adapters must be one of {known}, got {adapters}")
+        self.adapters = adapters
+        self.base = causal_lm
+        device = next(causal_lm.parameters()).device
+        width = _head_width(causal_lm)
+        # float32 whatever the decoder is: one column, and rewards are compared by small margins.
+        self.reward_head = reward_head or _new_head(width, device)
+        self.value_head = value_head or _new_head(width, device)
+        if value_head is None:
+            with torch.no_grad():
+                self.value_head.weight.copy_(self.reward_head.weight)
+        self.reward_head.requires_grad_(False)
+        self._recompute: str | None = None
+        if adapters:
+            self._add_adapters(lora_config, reference_adapter)
+        elif reference_adapter is not None:
+            raise UserError("reference_adapter needs a method with adapters")
+        # Not a child: it shares the decoder's own head parameters.
+        self.__dict__["lm_head"] = LMHead.from_model(self.causal_lm)
+
+    def _add_adapters(self, config: peft.LoraConfig | None, reference: str | None) -> None:
+        config = config or default_lora_config(self.base)
+        names = list(self.adapters)
+        self.base = peft.get_peft_model(self.base, config, adapter_name=names[0])
+        for name in names[1:]:
+            self.base.add_adapter(name, config)
+        if reference is not None:
+            self._load_adapter("reference", reference)
+            if "actor" in names or "joint" in names:
+                _copy_adapter(self.base, "reference", "actor" if "actor" in names else "joint")
+        hydra_kernels.peft.fuse(self.base)
+        # PEFT leaves only the adapter added first trainable; here all are, from start to end.
+        for name, parameter in self.base.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(".reference." not in name)
+
+    def _load_adapter(self, name: str, path: str) -> None:
+        try:
+            self.base.load_adapter(path, name, is_trainable=False)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
+            raise UserError(f"cannot read a LoRA adapter from {path}: {_first_line(e)}") from e
+
+    # Parts
+
+    @property
+    def causal_lm(self) -> Any:
+        """transformers' model, its linears fused in place where they have adapters."""
+        return self.base.get_base_model() if self.adapters else self.base
+
+    @property
+    def trunk(self) -> Any:
+        """The decoder without its head, as ``AutoModel`` gives it."""
+        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+
+    @property
+    def config(self) -> transformers.PretrainedConfig:
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.reward_head.weight.device
+
+    def role(self, name: str) -> Role:
+        """The adapter and the head behind a role.
+
+        Raises:
+            ValueError: no such role.
+        """
+        if name not in ROLES:
+            raise ValueError(f"role must be one of {ROLES}, got {name!r}")
+        head = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}[name]
+        if name in ("actor", "critic"):
+            adapter = "joint" if "joint" in self.adapters else name
+            return Role(adapter if adapter in self.adapters else None, head)
+        if name == "reference" and "reference" in self._adapter_index():
+            return Role("reference", head)
+        return Role(None, head)
+
+    def _adapter_index(self) -> dict[str, int]:
+        if not self.adapters:
+            return {}
+        names = hydra_kernels.peft.adapter_names(self.base)
+        return {name: i for i, name in enumerate(names)}
+
+    def adapter_id(self, role: str | None) -> int:
+        """The id of a role's adapter; -1 is the decoder with adapters off."""
+        adapter = None if role is None else self.role(role).adapter
+        return -1 if adapter is None else self._adapter_index()[adapter]
+
+    def adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
+        """The LoRA factors of one adapter, in the model's order."""
+        mark = f".{adapter}."
+        return [p for n, p in self.base.named_parameters() if "lora_" in n and mark in n]
+
+    def first_adapted_layer(self) -> int:
+        """Index of the first decoder block with an adapter: blocks below are every role's."""
+        if not self.adapters:
+            return 0
+        for i, block in enumerate(trunks.blocks(self.trunk)):
+            if any("lora_" in name for name, _ in block.named_parameters()):
+                return i
+        return len(trunks.blocks(self.trunk))
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, bool] | None = None
+    ) -> None:
+        """Recomputes each block in backward; ``{"use_reentrant": True}`` picks torch's older kind.
+
+        Unlike transformers' own it also works in eval mode, which PPO is in (no dropout).
+        """
+        reentrant = (gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        self._recompute = "reentrant" if reentrant else "non-reentrant"
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._recompute = None
+
+    # Passes
+
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, L)
+        attention_mask: Tensor,  # (B, L), nonzero where there is a token
+        *,
+        role: str | None = None,
+        adapter_ids: int | Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """The trunk's last hidden state under a role's adapter.
+
+        Positions are counted from the attention mask, so left padding does not move a sequence.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), nonzero where there is a token.
+            role: Whose adapter; None is the decoder with adapters off.
+            adapter_ids: In place of a role: an id, or (B,) ids of the rows; -1 is off.
+            prefix: From :meth:`compute_prefix` on these sequences: start there.
+
+        Returns:
+            (B, L, D), in the decoder's dtype.
+        """
+        ids = self.adapter_id(role) if adapter_ids is None else adapter_ids
+        with self._adapters(ids):
+            return trunks.run(
+                self.trunk,
+                prefix=prefix,
+                recompute=self._recompute if torch.is_grad_enabled() else None,
+                context=lambda: self._adapters(ids),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask),
+            )
+
+    def _adapters(self, ids: int | Tensor) -> contextlib.AbstractContextManager:
+        if not self.adapters:
+            return contextlib.nullcontext()
+        return hydra_kernels.peft.adapter_ids(self.base, ids)
+
+    def compute_prefix(self, input_ids: Tensor, attention_mask: Tensor) -> Prefix | None:
+        """Activations below the first adapted block; None where the first block has an adapter."""
+        layer = self.first_adapted_layer()
+        if layer == 0 or layer == len(trunks.blocks(self.trunk)):
+            return None
+        with self.no_dropout(), self._adapters(-1):
+            return trunks.compute_prefix(
+                self.trunk,
+                layer,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask),
+            )
+
+    def forward_role(
+        self, role: str, input_ids: Tensor, attention_mask: Tensor, *, prefix: Prefix | None = None
+    ) -> Tensor:
+        """What a role says of every position, dropout off.
+
+        Returns:
+            Logits (B, L, V) in the decoder's dtype for ``actor`` and ``reference``; (B, L) float32
+            for ``critic`` and ``reward``. :meth:`score` gives log-probabilities without logits.
+        """
+        with self.no_dropout():
+            hidden = self.hidden(input_ids, attention_mask, role=role, prefix=prefix)
+        head = self.role(role).head
+        return self.lm_head.logits(hidden) if head == "lm" else self._head(head, hidden)
+
+    def _head(self, head: str, hidden: Tensor) -> Tensor:
+        module = self.value_head if head == "value" else self.reward_head
+        # Outside autocast: the heads are float32.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return module(hidden.float()).squeeze(-1)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        *,
+        roles: Sequence[str] = ROLES,
+        batched: bool = False,
+        reuse_reference_reward: bool = True,
+        temperature: float = 1.0,
+        kl: bool = False,
+        entropy: bool = False,
+        prefix: Prefix | None = None,
+        detach_hidden: bool = False,
+    ) -> Score:
+        """Log-probabilities, values and scores of responses, without logits in memory.
+
+        Dropout is off. Differentiable, so that the update phase runs through it too; the reference
+        and the reward are constants.
+
+        Args:
+            input_ids: (B, L) prompt and response; the responses are the last T columns.
+            attention_mask: (B, L), nonzero where there is a token.
+            response_mask: (B, T) bool, True on the response tokens that count.
+            roles: Which of actor, critic, reference, reward.
+            batched: One pass over len(passes) * B rows with an adapter id each (the weights are
+                read once), instead of one pass after another. The same numbers to rounding.
+            reuse_reference_reward: One adapter-off pass for both roles.
+            temperature: Divides the logits of actor and reference.
+            kl: Also the exact KL; needs actor and reference.
+            entropy: Also the actor's entropy.
+            prefix: From :meth:`compute_prefix` on these sequences.
+            detach_hidden: Stop gradients at the trunk's output, so that only heads learn.
+
+        Returns:
+            See :class:`Score`.
+
+        Raises:
+            ValueError: a role that does not exist, or T not below L.
+        """
+        for role in roles:
+            self.role(role)
+        tokens = response_mask.shape[1]
+        if not 0 < tokens < input_ids.shape[1]:
+            raise ValueError(
+                f"score: responses are the last {tokens} of {input_ids.shape[1]} columns; "
+                "at least one column must be prompt"
+            )
+        with self.no_dropout():
+            hidden = self._hidden_of(
+                input_ids, attention_mask, roles, batched, reuse_reference_reward, prefix
+            )
+        if detach_hidden:
+            hidden = {role: h.detach() for role, h in hidden.items()}
+        targets = input_ids[:, -tokens:].masked_fill(~response_mask, IGNORE)  # (B, T)
+        states = {role: h[:, -tokens - 1 : -1] for role, h in hidden.items()}  # (B, T, D)
+
+        out = Score()
+        if "actor" in states:
+            reference = states.get("reference")
+            lp = self.lm_head.logprob(
+                states["actor"],
+                targets,
+                temperature=temperature,
+                ref_hidden=None if reference is None else reference.detach(),
+            )
+            out = out._replace(
+                logprobs=lp.logprobs,
+                entropy=lp.entropy if entropy else _ABSENT,
+                ref_logprobs=lp.ref_logprobs,
+                kl=lp.kl if kl else _ABSENT,
+            )
+        elif "reference" in states:
+            lp = self.lm_head.logprob(states["reference"], targets, temperature=temperature)
+            out = out._replace(ref_logprobs=lp.logprobs)
+        if "critic" in states:
+            values = self._head("value", states["critic"])
+            out = out._replace(values=torch.where(response_mask, values, 0.0))
+        if "reward" in hidden:
+            last = last_token(response_mask) + input_ids.shape[1] - tokens  # (B,)
+            rows = torch.arange(last.shape[0], device=last.device)
+            out = out._replace(scores=self._head("reward", hidden["reward"][rows, last]))
+        return out
+
+    # DDP and its kin run forward, so the differentiable work is there.
+    forward = score
+
+    def _hidden_of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        roles: Sequence[str],
+        batched: bool,
+        reuse: bool,
+        prefix: Prefix | None,
+    ) -> dict[str, Tensor]:
+        """role -> (B, L, D), in as few passes as the roles' adapters allow."""
+        passes: list[list[str]] = []
+        for role in roles:
+            adapter = self.role(role).adapter
+            for group in passes:
+                if self.role(group[0]).adapter == adapter and (reuse or adapter is not None):
+                    group.append(role)
+                    break
+            else:
+                passes.append([role])
+        hidden: dict[str, Tensor] = {}
+        if batched and len(passes) > 1:
+            n, batch = len(passes), input_ids.shape[0]
+            ids = torch.tensor([self.adapter_id(group[0]) for group in passes])
+            ids = ids.repeat_interleave(batch).to(input_ids.device, non_blocking=True)
+            every = self.hidden(
+                input_ids.repeat(n, 1),
+                attention_mask.repeat(n, 1),
+                adapter_ids=ids,
+                prefix=None if prefix is None else prefix.repeat(n),
+            )
+            for group, part in zip(passes, every.split(batch), strict=True):
+                hidden.update(dict.fromkeys(group, part))
+            return hidden
+        for group in passes:
+            # Reference and reward are constants; only the value and causal heads of trained
+            # roles send gradients back.
+            constant = all(role in ("reference", "reward") for role in group)
+            with torch.no_grad() if constant else contextlib.nullcontext():
+                part = self.hidden(input_ids, attention_mask, role=group[0], prefix=prefix)
+            hidden.update(dict.fromkeys(group, part))
+        return hidden
+
+    def num_passes(self, roles: Sequence[str] = ROLES, *, reuse: bool = True) -> int:
+        """Trunk passes that :meth:`score` makes for ``roles``."""
+        adapters = [self.role(role).adapter for role in roles]
+        off = adapters.count(None)
+        on = len({a for a in adapters if a is not None})
+        return on + (min(off, 1) if reuse else off)
+
+    @torch.no_grad()
+    def generate(self, *args, role: str = "actor", **kwargs):
+        """transformers' ``generate`` under a role's adapter, dropout off."""
+        with self.no_dropout(), self._adapters(self.adapter_id(role)):
+            return self.causal_lm.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_dropout(self) -> Iterator[None]:
+        """Eval mode inside, and the mode from before after."""
+        training = [m for m in self.base.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapters: Sequence[str] = (),
+        lora_config: peft.LoraConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        reference_adapter: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> HydraModel:
+        """Loads a Hugging Face model, and the heads that lie beside it.
+
+        Args:
+            path: Folder or hub name for ``AutoModelForCausalLM``.
+            adapters: New adapters to put on it; see the class.
+            lora_config: Of those.
+            dtype: Of the decoder; None takes the checkpoint's.
+            device: Where to; None leaves it on the CPU.
+            reference_adapter: See the class.
+            trust_remote_code: Run code that comes with the model.
+
+        Raises:
+            UserError: there is no such model, or a head file does not fit it.
+        """
+        causal_lm = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        if device is not None:
+            causal_lm.to(device)
+        width = _head_width(causal_lm)
+        heads = {
+            name: _load_head(Path(path) / file, width, next(causal_lm.parameters()).device)
+            for name, file in (("reward_head", REWARD_HEAD), ("value_head", VALUE_HEAD))
+        }
+        return cls(
+            causal_lm,
+            adapters=adapters,
+            lora_config=lora_config,
+            reference_adapter=reference_adapter,
+            **heads,
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the Hugging Face model, the reward head and, with adapters, those too.
+
+        The model's files are the decoder with adapters off: any transformers code loads them.
+        """
+        path = Path(path)
+        state = {
+            name.replace(".base_layer.", "."): value
+            for name, value in self.causal_lm.state_dict().items()
+            if "lora_" not in name
+        }
+        self.causal_lm.save_pretrained(path, state_dict=state)
+        _save_head(self.reward_head, path / REWARD_HEAD)
+        if self.adapters:
+            self.save_adapters(path)
+
+    def save_adapters(self, path: str | Path, *, base_model: str | None = None) -> None:
+        """Writes each adapter as a plain PEFT folder named after it, and the heads beside them.
+
+        Heads are separate files, because vLLM and others refuse adapters with modules_to_save.
+
+        Args:
+            path: Folder; ``path/actor`` and so on are for ``PeftModel.from_pretrained``.
+            base_model: Written as the adapters' base_model_name_or_path.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for name in self.adapters:
+            config = self.base.peft_config[name]
+            if base_model is not None:
+                config.base_model_name_or_path = base_model
+        if self.adapters:
+            self.base.save_pretrained(str(path), selected_adapters=list(self.adapters))
+        self.save_heads(path)
+
+    def save_heads(self, path: str | Path) -> None:
+        """Writes value_head.safetensors and reward_head.safetensors."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        _save_head(self.value_head, path / VALUE_HEAD)
+        _save_head(self.reward_head, path / REWARD_HEAD)
+
+    def load_adapters(self, path: str | Path) -> None:
+        """Reads what :meth:`save_adapters` wrote into the adapters and heads that are here.
+
+        Raises:
+            UserError: a file is missing or of other shapes.
+        """
+        path = Path(path)
+        for name in self.adapters:
+            file = path / name / "adapter_model.safetensors"
+            try:
+                state = load_file(file)
+                result: Any = peft.set_peft_model_state_dict(self.base, state, adapter_name=name)
+            except (OSError, RuntimeError, SafetensorError) as e:
+                raise UserError(f"cannot read adapter {name} from {file}: {_first_line(e)}") from e
+            if result.unexpected_keys:
+                raise UserError(f"{file} has weights this model lacks: {result.unexpected_keys[0]}")
+        for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
+            loaded = _load_head(path / name, head.in_features, head.weight.device)
+            if loaded is not None:
+                with torch.no_grad():
+                    head.weight.copy_(loaded.weight)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, L) positions that start at 0 on the first token of each row; 0 on padding to its left."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def last_token(response_mask: Tensor) -> Tensor:
+    """(B,) index of the last True in each row of (B, T); -1 where a row has none."""
+    columns = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
+    return (response_mask * columns).amax(-1) - 1
+
+
+def default_lora_config(causal_lm: Any, **settings) -> peft.LoraConfig:
+    """A LoraConfig over every linear layer of the decoder's blocks, rank 128 unless told.
+
+    Not PEFT's "all-linear": that reaches projections outside the blocks (OPT's) and refuses
+    ``layers_to_transform``.
+
+    Args:
+        causal_lm: The transformers model.
+        settings: To ``peft.LoraConfig``; ``r`` also sets ``lora_alpha`` where that is not given.
+    """
+    trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+    if settings.get("target_modules") is None:
+        settings["target_modules"] = linear_names(trunk)
+    settings.setdefault("r", 128)
+    if settings.get("lora_alpha") is None:
+        settings["lora_alpha"] = settings["r"]
+    if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in trunk.modules()):
+        settings.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its weights (K, N)
+    if settings.get("layers_to_transform") is not None:
+        settings.setdefault("layers_pattern", trunks.blocks_name(trunk).split(".")[-1])
+    return peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def linear_names(trunk: nn.Module) -> list[str]:
+    """Names, inside a block, of the linear layers of a trunk's blocks, such as ``q_proj``."""
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for block in trunks.blocks(trunk)
+        for name, module in block.named_modules()
+        if isinstance(module, linear)
+    }
+    return sorted(names)
+
+
+def load_causal_lm(
+    path: str | Path, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
+    """``AutoModelForCausalLM.from_pretrained``, in eval mode, with a UserError in one line."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, json.JSONDecodeError, SafetensorError) as e:
+        raise UserError(f"cannot load a causal language model from {path}: {_first_line(e)}") from e
+    return model.eval()
+
+
+def _head_width(causal_lm: Any) -> int:
+    """Width of the trunk's output: that of the causal head's input."""
+    return causal_lm.get_output_embeddings().weight.shape[1]
+
+
+def _new_head(width: int, device: torch.device) -> nn.Linear:
+    head = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def _load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
+    if not file.is_file():
+        return None
+    try:
+        weight = load_file(file)["weight"]
+    except (OSError, KeyError, SafetensorError) as e:
+        raise UserError(f"cannot read a head from {file}: {_first_line(e)}") from e
+    if weight.shape != (1, width):
+        raise UserError(f"{file} holds a head of shape {tuple(weight.shape)}, not (1, {width})")
+    head = _new_head(width, device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    return head
+
+
+def _save_head(head: nn.Linear, file: Path) -> None:
+    save_file({"weight": head.weight.detach().cpu().contiguous()}, file)
+
+
+def _copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "lora_" in name and f".{target}." in name:
+                other = parameters.get(name.replace(f".{target}.", f".{source}."))
+                if other is None or other.shape != parameter.shape:
+                    raise UserError(
+                        f"the {source} adapter has another rank or other layers than {target}'s"
+                    )
+                parameter.copy_(other)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
