@@ -350,7 +350,7 @@ class HydraModel(nn.Module):
         out = Score()
         if "actor" in states:
             reference = states.get("reference")
-            lp = self.lm_head.logprob(
+            lp: Any = self.lm_head.logprob(
                 states["actor"],
                 targets,
                 temperature=temperature,

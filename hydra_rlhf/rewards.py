@@ -1,0 +1,219 @@
+"""Where scores come from besides the reward head, and what is done to them before PPO."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hydra_rlhf.errors import UserError
+
+# f(prompts=..., completions=..., **columns) -> one number each, as TRL's reward functions.
+RewardFn = Callable[..., Sequence[float]]
+
+
+def load_reward_fn(spec: str) -> RewardFn:
+    """The function behind ``module:function``. Importing it runs the user's code.
+
+    Modules are looked for in the working directory first.
+
+    Raises:
+        UserError: the form is wrong, or there is no such module or function.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise UserError(f"reward_fn must be module:function, got {spec!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as e:
+        raise UserError(f"reward_fn: cannot import {module_name}: {e}") from e
+    fn = getattr(module, name, None)
+    if not callable(fn):
+        raise UserError(f"reward_fn: {module_name} has no function {name}")
+    return fn
+
+
+def call_reward_fn(
+    fn: RewardFn,
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+    device: torch.device,
+) -> Tensor:
+    """(B,) float32 scores from a user's function, checked.
+
+    Columns are passed to a function that takes ``**kwargs``, and else those that it names.
+
+    Raises:
+        UserError: it raised, gave another number of scores, or one that is not finite.
+    """
+    name = getattr(fn, "__name__", type(fn).__name__)
+    parameters = inspect.signature(fn).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        columns = {k: v for k, v in columns.items() if k in parameters}
+    try:
+        scores = list(fn(prompts=prompts, completions=completions, **columns))
+        scores = [float(score) for score in scores]
+    except Exception as e:
+        raise UserError(f"reward function {name} raised {type(e).__name__}: {e}") from e
+    if len(scores) != len(completions):
+        raise UserError(
+            f"reward function {name} gave {len(scores)} scores for {len(completions)} responses"
+        )
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"reward function {name} gave {score} for {completion!r:.80} after {prompt!r:.80}"
+            )
+    return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+class ClassifierReward:
+    """A Hugging Face sequence classifier as a reward function, with a tokenizer of its own.
+
+    The score is the first logit of a one-label head, and the log-odds of the last label against
+    the first of a two-label one. Prompt and response are joined as text.
+
+    Args:
+        path: Folder or hub name for ``AutoModelForSequenceClassification``.
+        device: Where to.
+        batch_size: Texts in one pass.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    __name__ = "classifier"
+
+    def __init__(
+        self, path: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 16
+    ):
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(path))
+            self.model = AutoModelForSequenceClassification.from_pretrained(str(path), dtype="auto")
+        except (OSError, ValueError, SafetensorError) as e:
+            first = str(e).strip().splitlines()[0]
+            raise UserError(f"cannot load a reward model from {path}: {first}") from e
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            # The classifier finds the last token by this id; without it, only batches of one run.
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.eval().requires_grad_(False).to(device)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
+        # Alone in its row where padding could hide the end of a text from the model.
+        ambiguous = self.tokenizer.pad_token_id == self.tokenizer.eos_token_id
+        size = 1 if ambiguous else self.batch_size
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), size):
+            batch = self.tokenizer(
+                texts[start : start + size], return_tensors="pt", padding=True, truncation=True
+            ).to(self.model.device)
+            batch.pop("token_type_ids", None)
+            logits = self.model(**batch).logits.float()
+            score = logits[:, 0] if logits.shape[1] == 1 else logits[:, -1] - logits[:, 0]
+            scores += score.tolist()
+        return scores
+
+
+class RunningMoments:
+    """Mean and variance of all scores seen so far (Chan et al. 1979, the pairwise update)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self.m2 = 0.0  # sum of squared distances from the mean
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.m2 / max(self.count - 1, 1))
+
+    def update(self, scores: Tensor) -> None:
+        n = scores.numel()
+        if n == 0:
+            return
+        values = scores.double()
+        mean = float(values.mean())
+        delta = mean - self.mean
+        total = self.count + n
+        self.m2 += float(((values - mean) ** 2).sum()) + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+
+def shape_scores(
+    scores: Tensor,
+    ended: Tensor,
+    *,
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    moments: RunningMoments | None = None,
+    center: bool = False,
+    clip: float | None = None,
+) -> Tensor:
+    """Scores as PPO sees them: missing-EOS rule, scaling by running moments, clipping, in order.
+
+    Args:
+        scores: (B,) raw.
+        ended: (B,) bool, False where the response ran out of length.
+        missing_eos_penalty: Taken from those.
+        missing_eos_score: Or put in their place.
+        moments: Divide by its standard deviation, after adding this batch to it.
+        center: Also subtract its mean.
+        clip: Largest magnitude.
+
+    Returns:
+        (B,).
+    """
+    if missing_eos_penalty is not None:
+        scores = torch.where(ended, scores, scores - missing_eos_penalty)
+    if missing_eos_score is not None:
+        scores = torch.where(ended, scores, missing_eos_score)
+    if moments is not None:
+        moments.update(scores)
+        mean = moments.mean if center else 0.0
+        scores = (scores - mean) / (moments.std + 1e-8)
+    return scores if clip is None else scores.clamp(-clip, clip)
+
+
+class FixedKLController:
+    """The KL coefficient as configured."""
+
+    def __init__(self, kl_coef: float):
+        self.value = kl_coef
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Nothing to do."""
+
+
+class AdaptiveKLController:
+    """Moves the coefficient so that the KL stays near a target.
+
+    ``beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon)``:
+    Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+
+    def __init__(self, kl_coef: float, target: float, horizon: float):
+        self.value = kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * episodes / self.horizon

@@ -1,0 +1,69 @@
+"""What is decided before the first step: seeds, the order of the prompts, the learning rates."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.methods import MethodModels
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def prompt_batches(num_prompts: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of prompt indices: every prompt once an epoch, shuffled anew each time."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            waiting += torch.randperm(num_prompts, generator=generator).tolist()
+        yield waiting[:batch_size]
+        del waiting[:batch_size]
+
+
+def make_optimizer(
+    config: PPOConfig, models: MethodModels, num_steps: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW over two groups, actor and critic, and the schedule of both."""
+    groups: list[dict[str, Any]] = [
+        {"params": models.actor_parameters(), "lr": config.learning_rate, "name": "actor"},
+        {
+            "params": models.critic_parameters(),
+            "lr": config.critic_learning_rate or config.learning_rate,
+            "name": "critic",
+        },
+    ]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    total = num_steps * config.num_ppo_epochs * config.num_mini_batches
+    return optimizer, LambdaLR(optimizer, lambda done: lr_factor(config, done, total))
+
+
+def lr_factor(config: PPOConfig, done: int, total: int) -> float:
+    """Share of the learning rate after ``done`` of ``total`` optimizer steps."""
+    if done < config.warmup_steps:
+        return (done + 1) / (config.warmup_steps + 1)
+    if config.lr_scheduler_type == "constant":
+        return 1.0
+    left = max(0.0, 1.0 - (done - config.warmup_steps) / max(total - config.warmup_steps, 1))
+    return left if config.lr_scheduler_type == "linear" else 0.5 * (1 - math.cos(math.pi * left))
