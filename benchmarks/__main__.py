@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
 import sys
 import time
@@ -93,9 +92,8 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
         rows=tuple(args.row),
         deadline=deadline,
         effort=effort,
-        say=functools.partial(print, file=sys.stderr, flush=True),
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     records: list[harness.Record] = []
     try:
         for record in harness.run(options):
@@ -103,11 +101,10 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
             if args.json:
                 harness.write(record, args.json)
             said = f"{tables.figure(record.ms)} ms" if record.ms is not None else record.status
-            print(f"  {record.backend}: {said}", file=sys.stderr, flush=True)
+            print(f"{record.op} {record.mode} {tables.shape(record)} {record.dtype} "
+                  f"{record.backend}: {said}", file=sys.stderr, flush=True)  # fmt: skip
     except KeyboardInterrupt:
         return records, 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return records, 0
 
 

@@ -1,0 +1,166 @@
+"""Preference pairs as token ids, batched and padded.
+
+A row is ``prompt + response + eos``, prompt and response tokenised apart so that a policy trained
+on these rows meets, when it samples, the very prompt ids it was trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydra_rlhf.data import Preference
+from hydra_rlhf.errors import UserError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    prompt: list[int]
+    chosen: list[int]  # with eos, unless it was cut at max_length
+    rejected: list[int]
+    margin: float | None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class PairBatch(NamedTuple):
+    """Rows 0 to B-1 are the chosen responses and rows B to 2B-1 the rejected, in the same order.
+
+    Where the objective has no use for the rejected (``sft``) their rows are absent.
+    """
+
+    input_ids: Tensor  # (rows, L)
+    attention_mask: Tensor  # (rows, L)
+    sft_rows: Tensor  # (M,) flat positions in (rows * L) that predict a chosen response's token
+    sft_targets: Tensor  # (M,) the token each predicts
+    start: Tensor  # (rows,) position of the response's first token
+    last: Tensor  # (rows,) position of the response's last token
+    diverge: Tensor  # (B,) first position where chosen and rejected differ
+    margin: Tensor  # (B,)
+    num_pairs: int
+
+    def to(self, device: torch.device) -> PairBatch:
+        moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
+        return PairBatch(*moved)  # type: ignore[arg-type]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, with whatever the tokenizer puts in front and nothing behind."""
+    encoded = tokenizer(list(prompts))["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == eos and len(ids) > 1 else ids for ids in encoded]
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[Preference], *, max_length: int, what: str = "pair"
+) -> list[EncodedPair]:
+    """Responses that do not fit ``max_length`` are cut; a prompt that fills it is refused.
+
+    Raises:
+        UserError: no pairs; a prompt as long as ``max_length`` or longer; no eos token.
+    """
+    if not pairs:
+        raise UserError(f"the data set of {what}s is empty")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no eos token, so that no response could end")
+    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs])
+    chosen = _encode_responses(tokenizer, [pair.chosen for pair in pairs])
+    rejected = _encode_responses(tokenizer, [pair.rejected for pair in pairs])
+    encoded = []
+    for index, pair in enumerate(pairs):
+        room = max_length - len(prompts[index])
+        if room < 1:
+            raise UserError(
+                f"the prompt of {what} {index + 1} has {len(prompts[index])} tokens, which leaves "
+                f"no room for a response in a context of {max_length}"
+            )
+        encoded.append(
+            EncodedPair(
+                prompts[index],
+                [*chosen[index], eos][:room],
+                [*rejected[index], eos][:room],
+                pair.margin,
+            )
+        )
+    return encoded
+
+
+def collate(
+    pairs: Sequence[EncodedPair], *, pad: int, side: str = "right", both: bool = True
+) -> PairBatch:
+    """Pad to the longest row; ``side`` is the tokenizer's ``padding_side``."""
+    rows = [(pair.prompt, pair.chosen) for pair in pairs]
+    if both:
+        rows += [(pair.prompt, pair.rejected) for pair in pairs]
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    start = torch.empty(len(rows), dtype=torch.long)
+    last = torch.empty(len(rows), dtype=torch.long)
+    sft_rows, sft_targets = [], []
+    for row, (prompt, response) in enumerate(rows):
+        ids = prompt + response
+        offset = length - len(ids) if side == "left" else 0
+        input_ids[row, offset : offset + len(ids)] = torch.tensor(ids)
+        attention_mask[row, offset : offset + len(ids)] = 1
+        first = offset + len(prompt)
+        start[row], last[row] = first, offset + len(ids) - 1
+        if row < len(pairs):
+            for position, token in enumerate(response, start=first):
+                if position > offset:  # an empty prompt leaves its first token unpredicted
+                    sft_rows.append(row * length + position - 1)
+                    sft_targets.append(token)
+    return PairBatch(
+        input_ids,
+        attention_mask,
+        torch.tensor(sft_rows, dtype=torch.long),
+        torch.tensor(sft_targets, dtype=torch.long),
+        start,
+        last,
+        torch.tensor([_divergence(pair) for pair in pairs], dtype=torch.long),
+        torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float32),
+        len(pairs),
+    )
+
+
+def batches(
+    pairs: Sequence[EncodedPair], batch_size: int, *, seed: int, group_by_length: bool
+) -> list[list[EncodedPair]]:
+    """One epoch in a random order that ``seed`` fixes; the last batch may be smaller.
+
+    With ``group_by_length`` the pairs of a batch have about the same length, which saves padding:
+    the order is random within windows of 16 batches, sorted inside, and batches are shuffled.
+    """
+    rng = random.Random(seed)
+    order = list(pairs)
+    rng.shuffle(order)
+    if not group_by_length:
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    made: list[list[EncodedPair]] = []
+    window = 16 * batch_size
+    for i in range(0, len(order), window):
+        inside = sorted(order[i : i + window], key=len)
+        made += [inside[j : j + batch_size] for j in range(0, len(inside), batch_size)]
+    rng.shuffle(made)
+    return made
+
+
+def _encode_responses(tokenizer: Any, responses: list[str]) -> list[list[int]]:
+    return tokenizer(responses, add_special_tokens=False)["input_ids"]
+
+
+def _divergence(pair: EncodedPair) -> int:
+    """How many tokens of the response both have in common."""
+    for index, (a, b) in enumerate(zip(pair.chosen, pair.rejected, strict=False)):
+        if a != b:
+            return index
+    return min(len(pair.chosen), len(pair.rejected)) - (len(pair.chosen) == len(pair.rejected))

@@ -1,0 +1,488 @@
+"""Hydra-SFT: one decoder with a causal head and a reward head, trained on preference pairs.
+
+``L = L_SFT(x, y_w) + gamma * L_RM(x, y_w, y_l)``: Santacroce, Lu, Yu, Li, Shen 2023,
+arXiv:2309.00754, section 3.1. One pass over chosen and rejected serves both terms. The
+cross-entropy goes through ``hydra_kernels.linear_logprob``, so that logits are never held.
+
+Under gradient accumulation a step is the step of its whole batch: sums over tokens and pairs of a
+microbatch are divided by the counts of the batch, not averaged twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import hydra_kernels.peft
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pairs import EncodedPair, PairBatch, batches, collate, encode_pairs
+from hydra_rlhf.records import Tracker
+from hydra_rlhf.settings import setting
+
+CALIBRATION_BINS = 10
+
+
+@dataclass
+class SFTConfig:
+    """How Hydra-SFT trains."""
+
+    _argument_group_name = "training"
+
+    objective: Literal["hydra", "sft", "rm"] = setting(
+        "hydra", "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone"
+    )
+    gamma: float = setting(0.1, "weight of the reward loss in the hydra objective")
+    rm_loss: Literal["last", "diverged"] = setting(
+        "last",
+        "reward difference at the last token, or averaged over the tokens after the two differ",
+    )
+    center_rewards: float = setting(0.0, "weight of (r_w + r_l)^2, which keeps rewards around 0")
+    use_margins: bool = setting(True, "subtract the pair's margin, where the data has one")
+    learning_rate: float = setting(2e-5, "peak learning rate")
+    head_learning_rate: float | None = setting(
+        None, "peak learning rate of the reward head; that of the rest when not set"
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "after warm-up")
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up from 0")
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0 for none")
+    epochs: float = setting(1.0, "passes over the pairs")
+    max_steps: int | None = setting(None, "stop after this many steps; overrides --epochs")
+    batch_size: int = setting(32, "pairs per optimizer step, over all processes")
+    micro_batch_size: int | None = setting(
+        None, "pairs per forward on a process; the whole share of the batch when not set"
+    )
+    max_length: int | None = setting(
+        None, "tokens of prompt and response; the model's context when not set"
+    )
+    group_by_length: bool = setting(True, "batch pairs of about the same length")
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
+    lora_r: int = setting(0, "train LoRA of this rank, merged at the end; 0 trains all weights")
+    lora_alpha: float | None = setting(None, "LoRA alpha; twice the rank when not set")
+    lora_dropout: float = setting(0.0, "dropout in front of LoRA")
+    eval_every: int = setting(0, "evaluate each n steps; 0 only at the end")
+    eval_batch_size: int = setting(64, "pairs per forward in evaluation")
+    seed: int = setting(0, "seed of the order of the data, of new weights and of dropout")
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "batch_size", "eval_batch_size"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "micro_batch_size", "max_length", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} must be above 0, got {value}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+
+
+@dataclass
+class SFTResult:
+    steps: int
+    tokens: int  # of all rows that were trained on, padding not counted
+    seconds: float
+    final: dict[str, float]  # evaluation at the end: on eval_pairs, or empty without
+
+
+class PairLoss(nn.Module):
+    """The objective as a module, so that accelerate can wrap it for any number of processes.
+
+    ``forward`` returns sums, not means: ``train`` divides them by the counts of the whole batch.
+    """
+
+    def __init__(self, model: HydraModel, config: SFTConfig, role: str | None):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.role = role
+
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Sums over tokens (``sft``) and over pairs (the rest), 0-d float32; empty ones left out.
+
+        ``rewards``, (rows,), is there when both responses are.
+        """
+        hidden = self.model.hidden(batch.input_ids, batch.attention_mask, role=self.role)
+        sums: dict[str, Tensor] = {}
+        if self.config.objective != "rm":
+            rows = hidden.flatten(0, 1).index_select(0, batch.sft_rows)  # (M, D)
+            sums["sft"] = -self.model.lm_head.logprob(rows, batch.sft_targets).logprobs.sum()
+        if self.config.objective != "sft":
+            rewards = self.model.reward_head(hidden.float()).squeeze(-1)  # (2B, L)
+            sums.update(pair_losses(rewards, batch, self.config))
+        return sums
+
+
+def pair_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[str, Tensor]:
+    """Bradley-Terry loss of a batch of pairs, summed over them.
+
+    ``-log sigmoid(r_w - r_l - margin)`` at the last token of each response: Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1; the margin is that of Touvron et al. 2023, arXiv:2307.09288, eq. 2.
+    With ``rm_loss="diverged"`` the mean of that over the positions from the first token in which
+    the two differ to the end of the longer, where the shorter one keeps its last reward.
+
+    Args:
+        rewards: (2B, L) the reward head at every position; chosen rows first.
+
+    Returns:
+        ``rm``, ``center``, ``correct``, ``reward_margin``: 0-d float32 sums over pairs;
+        ``rewards``: (2B,) at the last tokens.
+    """
+    pairs = batch.num_pairs
+    at_last = rewards.gather(1, batch.last[:, None]).squeeze(1)  # (2B,)
+    chosen, rejected = at_last[:pairs], at_last[pairs:]
+    margin = batch.margin if config.use_margins else torch.zeros_like(batch.margin)
+    if config.rm_loss == "last":
+        loss = -F.logsigmoid(chosen - rejected - margin)
+    else:
+        lengths = batch.last - batch.start + 1  # (2B,)
+        longer = torch.maximum(lengths[:pairs], lengths[pairs:])
+        steps = torch.arange(rewards.shape[1], device=rewards.device)  # (L,)
+        index = batch.start[:, None] + torch.minimum(steps, lengths[:, None] - 1)  # (2B, L)
+        aligned = rewards.gather(1, index)
+        counts = (steps >= batch.diverge[:, None]) & (steps < longer[:, None])  # (B, L)
+        each = -F.logsigmoid(aligned[:pairs] - aligned[pairs:] - margin[:, None])
+        loss = torch.where(counts, each, 0.0).sum(1) / counts.sum(1)
+    return {
+        "rm": loss.sum(),
+        "center": (chosen + rejected).square().sum(),
+        "correct": (chosen > rejected).float().sum(),
+        "reward_margin": (chosen - rejected).sum(),
+        "rewards": at_last,
+    }
+
+
+def train(
+    config: SFTConfig,
+    model: HydraModel,
+    tokenizer: Any,
+    pairs: Sequence[Any],
+    tracker: Tracker,
+    *,
+    eval_pairs: Sequence[Any] = (),
+    accelerator: Accelerator | None = None,
+    stage: str = "sft",
+    on_step: Callable[[int], None] | None = None,
+) -> SFTResult:
+    """Train ``model`` in place on ``pairs`` of ``hydra_rlhf.data.Preference``.
+
+    A model without adapters is trained in full; one with the adapter "actor" trains that and the
+    reward head (``merge_adapter`` folds it into the weights afterwards).
+
+    Raises:
+        UserError: no pairs, or a prompt that leaves no room for a response.
+    """
+    accelerator = accelerator or make_accelerator()
+    encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs)
+    role = "actor" if model.adapters else None
+    both = config.objective != "sft"
+    plan = _plan_batches(config, encoded)
+    torch.manual_seed(config.seed)
+
+    module: nn.Module = PairLoss(model, config, role)
+    optimizer = _optimizer(config, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(plan)))
+    model.to(accelerator.device)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    module.train()
+    if config.gradient_checkpointing:
+        _checkpoint(model.causal_lm)
+
+    started = time.perf_counter()
+    tokens = 0
+    final: dict[str, float] = {}
+    shown: dict[str, float] = {}
+    with tracker.progress(_title(config), len(plan)) as bar:
+        for step, batch in enumerate(plan, start=1):
+            share = batch[accelerator.process_index :: accelerator.num_processes]
+            figures, batch_tokens = _step(
+                config, module, optimizer, accelerator, parameters, batch, share, tokenizer, both
+            )
+            figures["lr"] = float(schedule.get_last_lr()[0])
+            schedule.step()
+            tokens += batch_tokens
+            figures["tokens_per_s"] = tokens / (time.perf_counter() - started)
+            last = step == len(plan)
+            if held_out and (last or (config.eval_every and step % config.eval_every == 0)):
+                final = evaluate(config, model, tokenizer, held_out, role=role)
+                figures.update({f"eval_{k}": v for k, v in final.items()})
+            tracker.log(step, figures, stage)
+            shown.update(_to_show(config, figures))
+            bar.update(step, **shown)
+            if on_step is not None:
+                on_step(step)
+    module.eval()
+    return SFTResult(len(plan), tokens, time.perf_counter() - started, final)
+
+
+@torch.no_grad()
+def evaluate(
+    config: SFTConfig,
+    model: HydraModel,
+    tokenizer: Any,
+    pairs: Sequence[EncodedPair],
+    *,
+    role: str | None = None,
+) -> dict[str, float]:
+    """Means over held-out pairs.
+
+    Returns:
+        ``sft_loss`` in nats a token; ``rm_loss``; ``accuracy``, the share of pairs ranked right;
+        ``calibration``, the expected calibration error of ``sigmoid(|r_w - r_l|)`` as the
+        probability that the ranking is right (10 bins; 0 is perfect).
+    """
+    was_training = model.training
+    model.eval()
+    module = PairLoss(model, config, role)
+    totals: dict[str, float] = {}
+    tokens, differences = 0, []
+    ordered = sorted(pairs, key=len)
+    for i in range(0, len(ordered), config.eval_batch_size):
+        group = ordered[i : i + config.eval_batch_size]
+        batch = _collate(config, tokenizer, group).to(_device(model))
+        sums = module(batch)
+        rewards = sums.pop("rewards", None)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value.item()
+        tokens += len(batch.sft_targets)
+        if rewards is not None:
+            differences.append((rewards[: len(group)] - rewards[len(group) :]).cpu())
+    model.train(was_training)
+    means: dict[str, float] = {}
+    if "sft" in totals:
+        means["sft_loss"] = totals["sft"] / tokens
+    if differences:
+        means["rm_loss"] = totals["rm"] / len(pairs)
+        means["accuracy"] = totals["correct"] / len(pairs)
+        means["calibration"] = calibration_error(torch.cat(differences))
+    return means
+
+
+def merge_adapter(model: HydraModel) -> HydraModel:
+    """A model without adapters whose weights have the adapter "actor" folded in.
+
+    So saved, it is the SFT policy itself, and PPO's adapter-off pass is that policy.
+    """
+    hydra_kernels.peft.unfuse(model.base)
+    merged = model.base.merge_and_unload(adapter_names=["actor"])  # type: ignore[operator]
+    return HydraModel(merged, reward_head=model.reward_head)
+
+
+def calibration_error(differences: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error of a reward model's rankings.
+
+    A pair is ranked right with the stated probability ``sigmoid(|d|)``, in [0.5, 1]. Over equal
+    bins of it: sum of (share of the pairs) * |mean stated - share ranked right|. Guo et al. 2017,
+    arXiv:1706.04599, eq. 5.
+
+    Args:
+        differences: (n,) ``r_w - r_l``.
+    """
+    stated = torch.sigmoid(differences.double().abs())
+    right = (differences > 0).double()
+    which = ((stated - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, which, stated - right)
+    return (gaps.abs().sum() / len(differences)).item()
+
+
+def _step(
+    config: SFTConfig,
+    module: nn.Module,
+    optimizer: Any,
+    accelerator: Accelerator,
+    parameters: list[nn.Parameter],
+    batch: list[EncodedPair],  # of all processes
+    share: list[EncodedPair],  # of this one
+    tokenizer: Any,
+    both: bool,
+) -> tuple[dict[str, float], int]:
+    """One optimizer step; its figures, and the tokens in the whole batch."""
+    # The counts of the batch over all processes are known to each: no reduction is needed.
+    num_tokens = sum(len(pair.chosen) - (not pair.prompt) for pair in batch)
+    world = accelerator.num_processes  # DDP averages gradients; ours are sums already divided
+    micro = config.micro_batch_size or max(len(share), 1)
+    pieces = [share[i : i + micro] for i in range(0, len(share), micro)] or [batch[:1]]
+    totals: dict[str, Tensor] = {}
+    for index, piece in enumerate(pieces):
+        collated = _collate(config, tokenizer, piece).to(accelerator.device)
+        sync = index == len(pieces) - 1
+        with accelerator.no_sync(module) if not sync else contextlib.nullcontext():
+            sums = module(collated)
+            sums.pop("rewards", None)
+            loss = _combine(config, sums, num_tokens, len(batch))
+            if not share:  # more processes than pairs: take part in the reduction with nothing
+                loss = loss * 0.0
+                sums = {name: value * 0.0 for name, value in sums.items()}
+            accelerator.backward(loss * world)
+        for name, value in sums.items():
+            totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+    norm = None
+    if config.max_grad_norm:
+        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if world > 1:
+        totals = accelerator.reduce(totals, reduction="sum")
+    figures = {"loss": float(_combine(config, totals, num_tokens, len(batch)))}
+    if "sft" in totals:
+        figures["sft_loss"] = float(totals["sft"]) / num_tokens
+    if both:
+        figures["rm_loss"] = float(totals["rm"]) / len(batch)
+        figures["accuracy"] = float(totals["correct"]) / len(batch)
+        figures["reward_margin"] = float(totals["reward_margin"]) / len(batch)
+    if norm is not None:
+        figures["grad_norm"] = float(norm)
+    responses = sum(len(p.chosen) + (len(p.rejected) if both else 0) for p in batch)
+    return figures, responses + sum(len(p.prompt) for p in batch) * (2 if both else 1)
+
+
+def _combine(config: SFTConfig, sums: dict[str, Tensor], num_tokens: int, num_pairs: int) -> Tensor:
+    loss = torch.zeros((), device=next(iter(sums.values())).device)
+    if "sft" in sums:
+        loss = loss + sums["sft"] / num_tokens
+    if "rm" in sums:
+        weight = config.gamma if config.objective == "hydra" else 1.0
+        loss = loss + weight * (sums["rm"] + config.center_rewards * sums["center"]) / num_pairs
+    return loss
+
+
+def check_pairs(
+    config: SFTConfig,
+    model: HydraModel,
+    tokenizer: Any,
+    pairs: Sequence[Any],
+    eval_pairs: Sequence[Any] = (),
+) -> None:
+    """Raises the UserErrors of ``train`` about the data, before anything is written."""
+    _encode(config, model, tokenizer, pairs, eval_pairs)
+
+
+def _encode(
+    config: SFTConfig,
+    model: HydraModel,
+    tokenizer: Any,
+    pairs: Sequence[Any],
+    eval_pairs: Sequence[Any],
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    length = min(config.max_length or context, context)
+    encoded = encode_pairs(tokenizer, pairs, max_length=length, what="training pair")
+    if not eval_pairs:
+        return encoded, []
+    return encoded, encode_pairs(tokenizer, eval_pairs, max_length=length, what="held-out pair")
+
+
+def _plan_batches(config: SFTConfig, pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
+    each = math.ceil(len(pairs) / config.batch_size)
+    steps = config.max_steps or max(1, round(config.epochs * each))
+    plan: list[list[EncodedPair]] = []
+    epoch = 0
+    while len(plan) < steps:
+        plan += batches(
+            pairs,
+            config.batch_size,
+            seed=config.seed * 1_000_003 + epoch,
+            group_by_length=config.group_by_length,
+        )
+        epoch += 1
+    return plan[:steps]
+
+
+def _optimizer(config: SFTConfig, model: HydraModel) -> torch.optim.Optimizer:
+    head = model.reward_head.weight
+    body = []
+    if model.adapters:
+        body = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
+    else:
+        for parameter in model.causal_lm.parameters():
+            parameter.requires_grad_(True)
+        body = [p for p in model.causal_lm.parameters()]
+    head.requires_grad_(config.objective != "sft")
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in body if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.objective != "sft":
+        rate = config.head_learning_rate or config.learning_rate
+        groups.append({"params": [head], "weight_decay": config.weight_decay, "lr": rate})
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
+def _schedule(config: SFTConfig, steps: int) -> Callable[[int], float]:
+    warmup = max(1, round(config.warmup_ratio * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.lr_scheduler == "constant":
+            return 1.0
+        done = (step - warmup) / max(1, steps - warmup)
+        if config.lr_scheduler == "linear":
+            return 1.0 - done
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+def _collate(config: SFTConfig, tokenizer: Any, pairs: list[EncodedPair]) -> PairBatch:
+    pad = tokenizer.pad_token_id
+    return collate(
+        pairs,
+        pad=tokenizer.eos_token_id if pad is None else pad,
+        side=tokenizer.padding_side,
+        both=config.objective != "sft",
+    )
+
+
+def _to_show(config: SFTConfig, figures: dict[str, float]) -> dict[str, float]:
+    names = {
+        "loss": "loss",
+        "sft_loss": "sft",
+        "rm_loss": "rm",
+        "accuracy": "accuracy",
+        "eval_accuracy": "held_out",
+    }
+    return {label: figures[name] for name, label in names.items() if name in figures}
+
+
+def _title(config: SFTConfig) -> str:
+    return {"hydra": "Hydra-SFT", "sft": "SFT", "rm": "Reward model"}[config.objective]
+
+
+def _checkpoint(causal_lm: Any) -> None:
+    """transformers' own recomputation: unlike HydraModel's it repeats dropout."""
+    enable = getattr(causal_lm, "activation_checkpointing_enable", None)  # its name from v5 on
+    (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def make_accelerator(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
+    """accelerate's, on the device asked for.
+
+    Raises:
+        UserError: the device is not on this machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device")
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)

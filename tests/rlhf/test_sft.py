@@ -1,0 +1,280 @@
+"""Hydra-SFT: its batches, its losses by hand, and training that means what it says."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hydra_rlhf import sft
+from hydra_rlhf.data import Preference
+from hydra_rlhf.data.bundled import build_tokenizer
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pairs import EncodedPair, batches, collate, encode_pairs
+from hydra_rlhf.records import Tracker
+from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, pair_losses
+
+SHORT = EncodedPair([5, 6], [7, 8, 2], [7, 9, 10, 2], None)
+LONG = EncodedPair([5, 6, 11, 12], [13, 2], [14, 15, 2], 0.5)
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=31,  # a prime
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = HydraModel(LlamaForCausalLM(config))
+    torch.nn.init.normal_(model.reward_head.weight, std=0.3)
+    return model.train()
+
+
+class Words:
+    """A tokenizer of space-separated numbers."""
+
+    eos_token_id, pad_token_id, padding_side = 2, 0, "right"
+
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+def pairs(count):
+    generator = torch.Generator().manual_seed(1)
+
+    def words(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return " ".join(map(str, torch.randint(3, 31, (length,), generator=generator).tolist()))
+
+    return [Preference(words(2, 5), words(1, 7), words(1, 7)) for _ in range(count)]
+
+
+# Batches
+
+
+def test_a_response_ends_with_eos_and_is_cut_to_fit():
+    encoded = encode_pairs(Words(), [Preference("5 6", "7 8", "9 10 11 12")], max_length=5)
+    assert encoded == [EncodedPair([5, 6], [7, 8, 2], [9, 10, 11], None)]
+
+
+@pytest.mark.parametrize(
+    ("given", "max_length", "message"),
+    [
+        ([], 8, "is empty"),
+        ([Preference("5 6 7 8", "9", "10")], 4, "prompt of pair 1 has 4 tokens"),
+    ],
+)
+def test_pairs_that_cannot_be_trained_on(given, max_length, message):
+    with pytest.raises(UserError, match=message):
+        encode_pairs(Words(), given, max_length=max_length)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collate_by_hand(side):
+    batch = collate([SHORT], pad=0, side=side)
+    pad_left = 1 if side == "left" else 0  # the chosen row is one shorter than the rejected
+    assert batch.input_ids[1].tolist() == [5, 6, 7, 9, 10, 2]
+    assert batch.attention_mask.sum(1).tolist() == [5, 6]
+    assert batch.start.tolist() == [2 + pad_left, 2]
+    assert batch.last.tolist() == [4 + pad_left, 5]
+    assert batch.sft_rows.tolist() == [1 + pad_left, 2 + pad_left, 3 + pad_left]
+    assert batch.sft_targets.tolist() == [7, 8, 2]
+    assert batch.diverge.tolist() == [1]
+
+
+def test_sft_needs_no_rejected_rows():
+    assert collate([SHORT, LONG], pad=0, both=False).input_ids.shape[0] == 2
+
+
+def test_an_epoch_has_every_pair_once_whatever_the_order():
+    encoded = [EncodedPair([5], [6] * n, [7], None) for n in range(1, 101)]
+    for group in (True, False):
+        made = batches(encoded, 8, seed=3, group_by_length=group)
+        assert sorted(len(p.chosen) for b in made for p in b) == list(range(1, 101))
+        assert made == batches(encoded, 8, seed=3, group_by_length=group)
+        assert made != batches(encoded, 8, seed=4, group_by_length=group)
+
+
+def test_grouping_by_length_saves_padding():
+    encoded = [EncodedPair([5], [6] * (1 + n * 37 % 50), [7], None) for n in range(400)]
+
+    def padding(group):
+        made = batches(encoded, 8, seed=0, group_by_length=group)
+        return sum(max(map(len, b)) - len(p) for b in made for p in b)
+
+    assert padding(True) < 0.2 * padding(False)
+
+
+# Losses
+
+
+def test_reward_loss_at_the_last_token_by_hand():
+    """r_w = 2, r_l = 0.5: -log sigmoid(1.5) = 0.2014; with margin 0.5, -log sigmoid(1) = 0.3133."""
+    batch = collate([SHORT], pad=0)
+    rewards = torch.zeros(2, 6)
+    rewards[0, 4], rewards[1, 5] = 2.0, 0.5
+    losses = pair_losses(rewards, batch, SFTConfig())
+    assert losses["rm"].item() == pytest.approx(0.20141, abs=1e-5)
+    assert losses["center"].item() == pytest.approx(6.25)
+    assert losses["correct"].item() == 1.0
+    assert losses["rewards"].tolist() == [2.0, 0.5]
+    with_margin = batch._replace(margin=torch.tensor([0.5]))
+    losses = pair_losses(rewards, with_margin, SFTConfig())
+    assert losses["rm"].item() == pytest.approx(0.31326, abs=1e-5)
+    losses = pair_losses(rewards, with_margin, SFTConfig(use_margins=False))
+    assert losses["rm"].item() == pytest.approx(0.20141, abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reward_loss_after_divergence_by_hand(side):
+    """They differ from the second response token on; the shorter keeps its last reward.
+
+    chosen 8 2 (2) against rejected 9 10 2: differences 1, 2, 3 - wherever the rows begin.
+    """
+    batch = collate([SHORT], pad=0, side=side)
+    rewards = torch.full((2, 6), 100.0)  # what stands elsewhere must not matter
+    first = batch.start[0]
+    rewards[0, first + 1], rewards[0, first + 2] = 1.0, 3.0
+    rewards[1, 3:6] = torch.tensor([0.0, 1.0, 0.0])
+    losses = pair_losses(rewards, batch, SFTConfig(rm_loss="diverged"))
+    expected = sum(math.log1p(math.exp(-d)) for d in (1.0, 2.0, 3.0)) / 3
+    assert losses["rm"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_loss_is_that_of_logits_and_of_transformers():
+    """L_SFT against transformers' own loss on the chosen row, L_RM against the hidden state."""
+    model = tiny_model().eval()
+    batch = collate([LONG], pad=0)
+    sums = PairLoss(model, SFTConfig(), None)(batch)
+    ids = torch.tensor([LONG.prompt + LONG.chosen])
+    labels = ids.clone()
+    labels[:, : len(LONG.prompt)] = -100
+    out = model.causal_lm(ids, labels=labels, output_hidden_states=True)
+    torch.testing.assert_close(sums["sft"] / 2, out.loss)
+    reward = model.reward_head(out.hidden_states[-1][0, -1])
+    torch.testing.assert_close(sums["rewards"][:1], reward)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    model = tiny_model().eval()
+    loss = PairLoss(model, SFTConfig(rm_loss="diverged"), None)
+    together = loss(collate([SHORT, LONG], pad=0, side=side))
+    alone = [loss(collate([pair], pad=0)) for pair in (SHORT, LONG)]
+    for name in ("sft", "rm", "center"):
+        torch.testing.assert_close(together[name], alone[0][name] + alone[1][name])
+
+
+def test_calibration_by_hand():
+    """Stated sigmoid(0) = 0.5 and half of them right: 0. Sure and wrong: 1."""
+    assert calibration_error(torch.tensor([1e-9, -1e-9])) == pytest.approx(0.0, abs=1e-6)
+    assert calibration_error(torch.tensor([-50.0, -50.0])) == pytest.approx(1.0)
+    assert calibration_error(torch.tensor([50.0, -50.0])) == pytest.approx(0.5)
+
+
+# Training
+
+
+def trained(config, given, *, model=None, side="right"):
+    model = model or tiny_model()
+    tokenizer = Words()
+    tokenizer.padding_side = side
+    result = sft.train(config, model, tokenizer, given, Tracker(None), eval_pairs=given)
+    return model, result
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulation_is_exact():
+    """Microbatches of unequal token counts give the step of the whole batch."""
+    given = pairs(12)
+    settings = {"batch_size": 12, "max_steps": 3, "learning_rate": 1e-2, "center_rewards": 0.1}
+    whole, _ = trained(SFTConfig(**settings), given)
+    pieces, _ = trained(SFTConfig(**settings, micro_batch_size=5), given)
+    torch.testing.assert_close(weights(pieces), weights(whole), atol=2e-5, rtol=0)
+    assert not torch.allclose(weights(whole), weights(tiny_model()), atol=1e-3)
+
+
+def test_same_seed_same_weights():
+    config = SFTConfig(batch_size=4, epochs=2, learning_rate=1e-2)
+    first, _ = trained(config, pairs(9))
+    second, _ = trained(config, pairs(9))
+    assert torch.equal(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("objective", ["sft", "rm", "hydra"])
+def test_each_objective_learns_what_it_says(objective):
+    given = pairs(16)
+    before = tiny_model()
+    start = trained(SFTConfig(objective=objective, max_steps=1, learning_rate=1e-9), given)[1].final
+    model, result = trained(
+        SFTConfig(objective=objective, epochs=30, batch_size=8, gamma=1.0, learning_rate=1e-2),
+        given,
+    )
+    head_moved = not torch.equal(model.reward_head.weight, before.reward_head.weight)
+    assert head_moved == (objective != "sft")
+    if objective != "rm":
+        assert result.final["sft_loss"] < 0.6 * start["sft_loss"]
+    if objective != "sft":
+        assert result.final["accuracy"] == 1.0
+    assert (
+        set(result.final)
+        == {
+            "sft": {"sft_loss"},
+            "rm": {"rm_loss", "accuracy", "calibration"},
+            "hydra": {"sft_loss", "rm_loss", "accuracy", "calibration"},
+        }[objective]
+    )
+
+
+def test_gradient_checkpointing_changes_nothing():
+    settings = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2}
+    plain, _ = trained(SFTConfig(**settings), pairs(8))
+    recomputed, _ = trained(SFTConfig(**settings, gradient_checkpointing=True), pairs(8))
+    torch.testing.assert_close(weights(recomputed), weights(plain), atol=1e-6, rtol=0)
+
+
+def test_a_saved_checkpoint_is_any_users(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = trained(SFTConfig(batch_size=4, max_steps=2, learning_rate=1e-2), pairs(8))
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in model.causal_lm.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], value), name
+    ours = HydraModel.from_pretrained(tmp_path)
+    assert torch.equal(ours.reward_head.weight, model.reward_head.weight)
+
+
+def test_a_prompt_as_long_as_the_context_is_refused_before_training():
+    long = Preference(" ".join(["5"] * 40), "6", "7")
+    with pytest.raises(UserError, match="training pair 2 has 40 tokens.*context of 32"):
+        trained(SFTConfig(), [*pairs(1), long])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gamma": -1}, {"batch_size": 0}, {"warmup_ratio": 1.0}, {"max_length": 0}]
+)
+def test_settings_out_of_range(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        SFTConfig(**settings)
+
+
+def test_the_bundled_tokenizer_continues_a_prompt():
+    """Prompt and response tokenised apart are the tokens of the whole text."""
+    tokenizer = build_tokenizer(["The rain is lovely. I like the rain."], 300)
+    encoded = encode_pairs(
+        tokenizer, [Preference("The rain.", " I like it.", " I do not.")], max_length=64
+    )[0]
+    assert encoded.prompt + encoded.chosen[:-1] == tokenizer("The rain. I like it.")["input_ids"]
+    assert encoded.chosen[-1] == tokenizer.eos_token_id
