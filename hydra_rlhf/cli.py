@@ -24,10 +24,15 @@ PROGRAM = "hydra-rlhf"
 # command -> (module with ARGUMENTS and run, one line)
 COMMANDS = {
     "demo": ("hydra_rlhf.demo", "the whole pipeline on a small model and bundled data, in minutes"),
-    "sft": ("hydra_rlhf.sft", "train a policy and a reward head on preference pairs (Hydra-SFT)"),
-    "ppo": ("hydra_rlhf.train_ppo", "align a Hydra-SFT checkpoint with PPO (Hydra-PPO and others)"),
-    "evaluate": ("hydra_rlhf.evaluate", "compare policies on the same prompts"),
-    "plan": ("hydra_rlhf.memory", "predict the memory of a run before starting it"),
+    "sft": (
+        "hydra_rlhf.commands.sft",
+        "train a policy and a reward head on preference pairs (Hydra-SFT)",
+    ),
+    "ppo": (
+        "hydra_rlhf.commands.ppo",
+        "align a Hydra-SFT checkpoint with PPO (Hydra-PPO and others)",
+    ),
+    "evaluate": ("hydra_rlhf.commands.evaluate", "compare policies on the same prompts"),
 }
 
 EPILOG = f"""\

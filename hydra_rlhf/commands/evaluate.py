@@ -1,0 +1,182 @@
+"""``hydra-rlhf evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra_rlhf import data, evaluate, sft
+from hydra_rlhf.commands.inputs import choose_backend
+from hydra_rlhf.data import Prompt, bundled
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.evaluate import Answers, Evaluation, ScoreJudge
+from hydra_rlhf.records import Tracker
+from hydra_rlhf.rewards import ClassifierReward, load_reward_fn
+from hydra_rlhf.rollout import Sampling, pad_token_id, stop_token_ids
+from hydra_rlhf.settings import required, setting
+
+
+@dataclass
+class EvaluateConfig:
+    """Which policies, on which prompts, judged by what."""
+
+    policies: list[str] = required(
+        "one or more of NAME=PATH or PATH: checkpoints, PEFT adapter folders or run folders; the "
+        "first is the baseline"
+    )
+    base: str | None = setting(
+        None, "model the adapters are for, where their configuration does not say"
+    )
+    prompts: str = setting("bundled", "a file, a folder, a hub name, or bundled: the demo's task")
+    prompt_split: str | None = setting(None, "split of the prompts")
+    num_prompts: int = setting(200, "how many of them; 0 for all")
+    judge: str = setting(
+        "auto",
+        "gold: the bundled task's; reward: the baseline's reward head; module:function; or the "
+        "path of a sequence classifier. auto is gold on the bundled prompts, else reward",
+    )
+    temperature: float = setting(1.0, "of sampling; 0 is greedy")
+    response_length: int = setting(64, "most tokens in an answer")
+    batch_size: int = setting(64, "prompts answered at a time")
+    rouge: bool = setting(False, "ROUGE against a reference, completion or chosen column")
+    output: str | None = setting(None, "folder for evaluation.json and evaluation.png")
+    seed: int = setting(0, "of sampling and of the bootstrap")
+    show: int = setting(3, "prompts whose answers are printed")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one")
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = setting(
+        "auto", "kernels to run; one that is named runs everywhere or the command stops"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("response_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "num_prompts", "show"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+ARGUMENTS = (EvaluateConfig,)
+
+
+def run(config: EvaluateConfig) -> Evaluation:
+    """Samples, judges, prints; writes JSON and PNG where ``output`` is set."""
+    if config.output is not None and Path(config.output).is_file():
+        raise UserError(f"output {config.output} is a file, not a folder")
+    choose_backend(config.backend)
+    named = [_named(policy) for policy in config.policies]
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        raise UserError(f"two policies have the same name: {', '.join(names)}; use NAME=PATH")
+    device = sft.make_accelerator(config.device).device
+    baseline, tokenizer = evaluate.load_policy(named[0][1], base=config.base, device=device)
+    prompts = _prompts(config, tokenizer)
+    judge = _judge(config, device)
+    sampling = Sampling(
+        response_length=config.response_length,
+        temperature=config.temperature or 1.0,
+        stop_ids=stop_token_ids(tokenizer, "eos"),
+        pad_id=pad_token_id(tokenizer),
+        do_sample=config.temperature > 0,
+    )
+    tracker = Tracker(None)
+    answers: list[Answers] = []
+    with tracker.progress("Answers", len(named) * len(prompts)) as bar:
+        for index, (name, path) in enumerate(named):
+            model, own = baseline, tokenizer
+            if index:
+                model, own = evaluate.load_policy(path, base=config.base, device=device)
+            same = own.get_vocab() == tokenizer.get_vocab()
+
+            def on_batch(done: int, before: int = index * len(prompts)) -> None:
+                bar.update(before + done)
+
+            answers.append(
+                evaluate.answer(
+                    name,
+                    model,
+                    own,
+                    prompts,
+                    sampling
+                    if same
+                    else sampling._replace(
+                        stop_ids=stop_token_ids(own, "eos"), pad_id=pad_token_id(own)
+                    ),
+                    # Log-probabilities of one vocabulary mean nothing in another.
+                    baseline=baseline if same else None,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    on_batch=on_batch,
+                )
+            )
+    if judge is None:
+        judge = _reward_judge(answers)
+    evaluation = evaluate.judge_answers(
+        prompts, answers, judge, seed=config.seed, rouge=config.rouge
+    )
+    _show(config, tracker, evaluation)
+    if config.output is not None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(evaluation.to_json(), encoding="utf-8")
+        drawn = evaluate.draw(evaluation, folder / "evaluation.png")
+        tracker.say(f"Written: {folder / 'evaluation.json'}{f' and {drawn}' if drawn else ''}")
+    return evaluation
+
+
+def _show(config: EvaluateConfig, tracker: Tracker, evaluation: Evaluation) -> None:
+    tracker.say()
+    if config.show:
+        tracker.show(evaluate.answer_table(evaluation, config.show))
+        tracker.say()
+    title = f"{evaluation.num_prompts} prompts, judged by {evaluation.judge}"
+    tracker.show(evaluate.summary_table(evaluation, title))
+    if len(evaluation.policies) > 2:
+        tracker.say()
+        tracker.show(evaluate.matrix_table(evaluation))
+
+
+def _named(policy: str) -> tuple[str, str]:
+    name, separator, path = policy.partition("=")
+    if separator:
+        return name, path
+    parts = Path(policy).parts
+    if len(parts) > 1 and parts[-1] in ("actor", "joint", "model", "sft", "ppo"):
+        return "/".join(parts[-2:]), policy
+    return (parts[-1] if parts else policy), policy
+
+
+def _prompts(config: EvaluateConfig, tokenizer: Any) -> list[Prompt]:
+    if config.prompts == "bundled":
+        prompts = bundled.demo_prompts("test")
+    else:
+        prompts = data.load_prompts(config.prompts, split=config.prompt_split, tokenizer=tokenizer)
+    if not prompts:
+        raise UserError(f"{config.prompts} holds no prompts")
+    return prompts[: config.num_prompts] if config.num_prompts else prompts
+
+
+def _judge(config: EvaluateConfig, device: Any) -> ScoreJudge | None:
+    """None where the baseline's reward head judges: its rewards come with the answers."""
+    name = config.judge
+    if name == "auto":
+        name = "gold" if config.prompts == "bundled" else "reward"
+    if name == "reward":
+        return None
+    if name == "gold":
+        return ScoreJudge("gold", evaluate.gold)
+    if ":" in name and not Path(name).exists():
+        return ScoreJudge(name, load_reward_fn(name))
+    return ScoreJudge(Path(name).name, ClassifierReward(name, device=device))
+
+
+def _reward_judge(answers: list[Answers]) -> ScoreJudge:
+    for given in answers:
+        if given.rewards is None:
+            raise UserError(
+                f"judge 'reward' needs a baseline with a reward head, and the same tokenizer for "
+                f"{given.policy}; give --judge"
+            )
+    queue = iter(answers)
+    return ScoreJudge("reward", lambda **given: next(queue).rewards or [])

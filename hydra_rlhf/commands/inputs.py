@@ -1,0 +1,84 @@
+"""What several commands ask for, and what is checked before a run folder is touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import hydra_kernels
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.records import check_run_dir
+from hydra_rlhf.settings import required, setting
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+@dataclass
+class OutputConfig:
+    """Where a run is written and what it runs on."""
+
+    _argument_group_name = "output and machine"
+
+    output_dir: str = required("run folder to write")
+    overwrite: bool = setting(False, "replace the run that is in it")
+    log_with: str | None = setting(
+        None, "more trackers besides TensorBoard, as accelerate names them: wandb,mlflow,..."
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one")
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = setting(
+        "auto", "kernels to run; one that is named runs everywhere or the command stops"
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.log_with or "").split(",") if name.strip())
+
+    def check(self, *, resume: bool = False) -> None:
+        """Raises UserError where the run could not be written or run."""
+        check_run_dir(self.output_dir, overwrite=self.overwrite, resume=resume)
+        check_trackers(self.trackers)
+        choose_backend(self.backend)
+
+
+def choose_backend(name: str) -> None:
+    """Has every op run on the backend ``name``, or on the one in ``HYDRA_BACKEND`` for "auto".
+
+    Raises:
+        UserError: it cannot run here; with the reason for the first op.
+    """
+    if name == "auto":
+        name = os.environ.get("HYDRA_BACKEND", "")
+        if not name:
+            return
+    if name not in BACKENDS:
+        raise UserError(f"no kernel backend {name!r} (known: {', '.join(BACKENDS)})")
+    for op in ("linear_logprob", "ppo_loss"):
+        available = hydra_kernels.available_backends(op)
+        assert not isinstance(available, dict)
+        if name not in available:
+            raise UserError(
+                f"backend {name!r} cannot run {op} here: {available.why_not.get(name)} "
+                f"(can: {', '.join(available)})"
+            )
+    os.environ["HYDRA_BACKEND"] = name
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises UserError for a tracker that accelerate does not know or that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = {str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS}
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown tracker {name!r} (known: {', '.join(sorted(known))})")
+        module = {"comet_ml": "comet_ml", "dvclive": "dvclive"}.get(name, name)
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"tracker {name!r} is not installed: pip install {module}")
+
+
+def command_line() -> str:
+    """The command as it was typed, for the run's records."""
+    return " ".join(["hydra-rlhf", *sys.argv[1:]])

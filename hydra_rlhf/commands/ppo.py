@@ -1,0 +1,194 @@
+"""``hydra-rlhf ppo``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_rlhf import data, evaluate, ppo, sft
+from hydra_rlhf.commands.inputs import OutputConfig, command_line
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.methods import MethodModels, build_method
+from hydra_rlhf.records import Tracker, open_run_dir
+from hydra_rlhf.rewards import RewardFn, load_reward_fn
+from hydra_rlhf.rollout import encode_prompts
+from hydra_rlhf.settings import required, setting
+
+METHOD_TITLES = {
+    "ppo": "PPO",
+    "lora-ppo": "LoRA-PPO",
+    "d-lora-ppo": "D-LoRA-PPO",
+    "j-hydra-ppo": "J-Hydra-PPO",
+    "hydra-ppo": "Hydra-PPO",
+}
+
+
+@dataclass
+class PPOInput:
+    """What the policy is trained on."""
+
+    _argument_group_name = "data"
+
+    prompts: str = required("prompts: a file, a folder or a hub name; other columns are kept")
+    prompt_split: str | None = setting(None, "split of the prompts; train when not set")
+    eval_prompts: str | None = setting(None, "held-out prompts, for --eval-steps")
+
+
+ARGUMENTS = (PPOInput, PPOConfig, OutputConfig)
+
+
+def run(given: PPOInput, config: PPOConfig, output: OutputConfig) -> ppo.PPOResult:
+    """Trains, and writes adapters and heads into ``output_dir``."""
+    output.check()
+    config.validate()
+    if not config.sft_model_path:
+        raise UserError("ppo: --sft-model-path is required")
+    config.sft_model_path = evaluate.resolve_checkpoint(config.sft_model_path)
+    tokenizer = evaluate.load_tokenizer(config.sft_model_path)
+    prompts = data.load_prompts(given.prompts, split=given.prompt_split, tokenizer=tokenizer)
+    held_out = (
+        data.load_prompts(given.eval_prompts, tokenizer=tokenizer) if given.eval_prompts else None
+    )
+    reward_fn: RewardFn | None = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    accelerator = sft.make_accelerator(output.device, config.mixed_precision)
+    models = build_method(
+        config.method,
+        config.sft_model_path,
+        config.reward_model_path,
+        lora=config,
+        dtype=config.dtype,
+        device=accelerator.device,
+        reference_adapter=config.reference_adapter,
+        score_with_model=reward_fn is None,
+    )
+    check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
+    run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite)
+    settings = {"input": given, "ppo": config, "output": output}
+    with Tracker(
+        run_dir,
+        settings,
+        command=command_line(),
+        log_with=output.trackers,
+        is_main=accelerator.is_main_process,
+    ) as tracker:
+        result = train(
+            config,
+            models,
+            tokenizer,
+            prompts,
+            tracker,
+            reward_fn=reward_fn,
+            eval_prompts=held_out,
+        )
+        if accelerator.is_main_process:
+            models.save(run_dir, base_model=config.sft_model_path)
+            tracker.plot()
+            tracker.write_text("README.md", readme(given, config, result, run_dir))
+        for message in result.diagnostics:
+            tracker.say(f"note: {message}")
+        tracker.say(f"Adapters and heads: {run_dir}")
+    return result
+
+
+def train(
+    config: PPOConfig,
+    models: MethodModels,
+    tokenizer: Any,
+    prompts: list[Any],
+    tracker: Tracker,
+    **kwargs: Any,
+) -> ppo.PPOResult:
+    """``ppo.train`` with its figures on a bar and in the records."""
+    with tracker.progress(METHOD_TITLES[config.method], config.num_steps(len(prompts))) as bar:
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            tracker.log(step, metrics, "ppo")
+            bar.update(
+                step,
+                reward=metrics["objective/scores"],
+                kl=metrics["objective/kl"],
+                entropy=metrics.get("policy/entropy_avg"),
+                length=metrics["objective/response_length"],
+                clipped=metrics.get("policy/clipfrac_avg"),
+            )
+
+        return ppo.train(config, models, tokenizer, prompts, on_step=on_step, **kwargs)
+
+
+def check_prompts(
+    config: PPOConfig, models: MethodModels, tokenizer: Any, prompts: list[str]
+) -> None:
+    """Raises UserError for the first prompt that leaves a response no room, before any training."""
+    limit = ppo.context_limit(models.actor)
+    most = config.max_prompt_length
+    if limit is not None:
+        most = min(most or limit, limit - config.response_length)
+        if most < 1:
+            raise UserError(
+                f"response_length {config.response_length} leaves no room for a prompt in a "
+                f"context of {limit} tokens"
+            )
+    encode_prompts(
+        tokenizer, prompts, max_length=most, apply_chat_template=config.apply_chat_template
+    )
+
+
+def readme(given: PPOInput, config: PPOConfig, result: ppo.PPOResult, run_dir: Path) -> str:
+    """README.md of the run folder."""
+    rows = []
+    if result.metrics:
+        first, last = result.metrics[0], result.metrics[-1]
+        for name in (
+            "objective/scores",
+            "objective/kl",
+            "objective/rlhf_reward",
+            "objective/response_length",
+            "policy/entropy_avg",
+        ):
+            if name in last:
+                rows.append(f"| {name} | {first.get(name, 0.0):.4f} | {last[name]:.4f} |")
+    return "\n".join(
+        [
+            f"# {METHOD_TITLES[config.method]} on `{given.prompts}`",
+            "",
+            f"From `{config.sft_model_path}`, {len(result.metrics)} steps of "
+            f"{config.local_batch_size} responses, {result.seconds:.0f} s.",
+            "",
+            "| figure | first step | last step |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "![curves](curves.png)",
+            "",
+            "## Use",
+            "",
+            "```python",
+            loading_code(config.method, config.sft_model_path, run_dir),
+            "```",
+            "",
+        ]
+    )
+
+
+def adapter_of(method: str) -> str:
+    """The name of the adapter that is the policy."""
+    return "joint" if method == "j-hydra-ppo" else "actor"
+
+
+def loading_code(method: str, sft_path: str | Path, folder: str | Path) -> str:
+    """Python that loads the trained policy with transformers and PEFT."""
+    path = f"{folder}/{adapter_of(method)}"
+    if method == "ppo":
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'policy = AutoModelForCausalLM.from_pretrained("{path}")'
+        )
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{sft_path}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{sft_path}")\n'
+        f'policy = PeftModel.from_pretrained(model, "{path}")'
+    )

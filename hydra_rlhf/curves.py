@@ -1,0 +1,220 @@
+"""Curves of a run from its metrics: curves.png."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+INK = "#22303c"
+COLOURS = ("#1b6ca8", "#d1495b", "#3a9d6e", "#c98a1b")
+SMOOTHING = 0.9  # of the exponential moving average that is drawn over noisy figures
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str  # in metrics.jsonl
+    label: str
+    smooth: bool = False  # noisy: drawn faint, with its moving average on top
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    stage: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+
+
+PANELS = (
+    Panel(
+        "sft",
+        "SFT loss",
+        "nats per token",
+        (Line("sft_loss", "training", smooth=True), Line("eval_sft_loss", "held out")),
+    ),
+    Panel(
+        "sft",
+        "Reward model: pairs ranked right",
+        "%",
+        (
+            Line("accuracy", "training", smooth=True, percent=True),
+            Line("eval_accuracy", "held out", percent=True),
+        ),
+    ),
+    Panel(
+        "ppo",
+        "Reward of the policy",
+        "reward head",
+        (
+            Line("objective/scores", "score", smooth=True),
+            Line("objective/rlhf_reward", "score less KL penalty", smooth=True),
+        ),
+    ),
+    Panel(
+        "ppo",
+        "KL to the SFT policy",
+        "nats per response",
+        (Line("objective/kl", "KL", smooth=True),),
+    ),
+    Panel(
+        "ppo",
+        "Entropy of the policy",
+        "nats per token",
+        (Line("policy/entropy_avg", "entropy", smooth=True),),
+    ),
+    Panel(
+        "ppo",
+        "Response length",
+        "tokens",
+        (Line("objective/response_length", "length", smooth=True),),
+    ),
+)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> Path | None:
+    """Write the panels that the records have figures for; None without matplotlib or figures."""
+    panels = [(panel, found) for panel in PANELS if (found := _series(panel, records))]
+    if not panels:
+        return None
+    try:
+        import matplotlib
+    except ImportError:
+        _log.warning("no curves: pip install 'hydra-rlhf[plot]' brings matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained", dpi=130)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (panel, found) in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, panel, found)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def moving_average(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
+    """Exponential, without the bias of its start (Kingma and Ba 2015, section 3)."""
+    averaged, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = smoothing * total + (1.0 - smoothing) * value
+        weight = smoothing * weight + (1.0 - smoothing)
+        averaged.append(total / weight)
+    return averaged
+
+
+def _series(
+    panel: Panel, records: Sequence[dict[str, Any]]
+) -> list[tuple[Line, list[int], list[float]]]:
+    found = []
+    for line in panel.lines:
+        points = [
+            (record["step"], record[line.name] * (100.0 if line.percent else 1.0))
+            for record in records
+            if record.get("stage") == panel.stage and record.get(line.name) is not None
+        ]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found.append((line, list(steps), list(values)))
+    return found
+
+
+def _draw_panel(axis: Any, panel: Panel, found: list[tuple[Line, list[int], list[float]]]) -> None:
+    for colour, (line, steps, values) in zip(COLOURS, found, strict=False):
+        if line.smooth and len(values) > 10:
+            axis.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
+            axis.plot(steps, moving_average(values), color=colour, linewidth=1.9, label=line.label)
+        else:
+            axis.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.6,
+                marker="o" if len(values) <= 40 else None,
+                markersize=4,
+                label=line.label,
+            )
+    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axis.set_ylabel(panel.unit, fontsize=9, color=INK)
+    names = {"sft": "SFT step", "ppo": "PPO step"}
+    axis.set_xlabel(names.get(panel.stage, "step"), fontsize=9, color=INK)
+    axis.margins(x=0.02)
+    _dress(axis)
+    if len(found) > 1:
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def draw_evaluation(evaluation: Any, path: Path) -> Path | None:
+    """Mean scores and the win rates against the baseline, with 95% intervals."""
+    try:
+        import matplotlib
+    except ImportError:
+        _log.warning("no picture: pip install 'hydra-rlhf[plot]' brings matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    names = [report.policy for report in evaluation.policies]
+    panels = [
+        (
+            f"Mean score by {evaluation.judge}",
+            [(report.policy, report.score) for report in evaluation.policies if report.score],
+            None,
+        ),
+        (
+            f"Win rate against {names[0]}, %",
+            [
+                (report.policy, [100.0 * x for x in report.win_rate])
+                for report in evaluation.policies
+                if report.win_rate
+            ],
+            50.0,
+        ),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    height = 1.2 + 0.45 * len(names)
+    figure = Figure(figsize=(4.8 * max(1, len(panels)), height), layout="constrained", dpi=130)
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
+    for axis, (title, points, line) in zip(axes.flat, panels, strict=False):
+        for row, (_, (mean, low, high)) in enumerate(points):
+            colour = COLOURS[names.index(points[row][0]) % len(COLOURS)]
+            axis.errorbar(
+                mean,
+                row,
+                xerr=[[mean - low], [high - mean]],
+                fmt="o",
+                color=colour,
+                capsize=4,
+                markersize=7,
+            )
+        if line is not None:
+            axis.axvline(line, color="#9aa7b1", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(points)), [name for name, _ in points])
+        axis.set_ylim(len(points) - 0.5, -0.5)
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        _dress(axis)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _dress(axis: Any) -> None:
+    axis.grid(True, color="#d9dfe4", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, colors=INK, length=0)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#9aa7b1")

@@ -1,0 +1,409 @@
+"""Policies side by side on the same prompts.
+
+A policy is a checkpoint, a PEFT adapter folder, or the run folder of either. Each samples one
+answer a prompt from the same seed; a judge scores or compares the answers. The first policy is the
+baseline that win rates and the KL are against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.table import Table
+
+from hydra_rlhf import rollout as rollouts
+from hydra_rlhf.data import Prompt
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.model import HydraModel
+from hydra_rlhf.records import table
+from hydra_rlhf.rewards import call_reward_fn
+from hydra_rlhf.rollout import Rollout, Sampling
+from hydra_rlhf.statistics import Estimate, distinct, mean_interval, wins
+
+# f(prompts=..., completions=..., **columns) -> one number each
+ScoreFn = Callable[..., Sequence[float]]
+
+
+class PairJudge(Protocol):
+    """Compares answers two at a time, as a chat endpoint does."""
+
+    name: str
+
+    def compare(self, prompts: list[str], ours: list[str], theirs: list[str]) -> list[float]:
+        """For each prompt 1 if ``ours`` is better, 0 if ``theirs`` is, 0.5 for a tie."""
+        ...
+
+
+@dataclass
+class ScoreJudge:
+    """A judge that gives each answer a number; comparisons follow from it."""
+
+    name: str
+    fn: ScoreFn
+
+
+@dataclass
+class Answers:
+    """What one policy said. Lists have one entry a prompt."""
+
+    policy: str
+    responses: list[str]
+    tokens: list[int]
+    ended: list[bool]  # a stop token came before the length ran out
+    kl: list[float] | None = None  # log-probability of the answer under the policy less baseline's
+    nll: list[float] | None = None  # -log-probability under the baseline, in nats
+    rewards: list[float] | None = None  # by the baseline's reward head
+
+
+@dataclass
+class PolicyReport:
+    """One policy's row."""
+
+    policy: str
+    score: Estimate | None
+    reward: Estimate | None
+    win_rate: Estimate | None  # against the baseline
+    kl: Estimate | None
+    perplexity: float | None  # of the answers under the baseline
+    length: float  # tokens
+    ended: float  # share
+    distinct_2: float
+    rouge: dict[str, float] | None = None
+
+
+@dataclass
+class Evaluation:
+    """What was measured; ``to_json`` has every figure and every answer."""
+
+    judge: str
+    num_prompts: int
+    policies: list[PolicyReport]
+    win_rates: list[list[Estimate | None]]  # [i][j]: policy i against policy j
+    prompts: list[str] = field(repr=False)
+    answers: list[Answers] = field(repr=False)
+    scores: list[list[float]] | None = field(repr=False, default=None)  # [policy][prompt]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+@torch.no_grad()
+def answer(
+    name: str,
+    model: HydraModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    baseline: HydraModel | None = None,
+    role: str = "reference",
+    seed: int = 0,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> Answers:
+    """Sample one answer a prompt.
+
+    Args:
+        name: The policy's.
+        model: Whose ``role`` samples; "reference" is a model without adapters.
+        tokenizer: Of the policy.
+        prompts: What to answer.
+        sampling: How; see ``rollout.sampling_of``.
+        baseline: With the same tokenizer; gives ``kl``, ``nll`` and ``rewards``.
+        seed: Of the sampler: the same for each policy, and apart from the global generator.
+        batch_size: Prompts at a time.
+        on_batch: Called with the number of prompts done.
+    """
+    answers = Answers(name, [], [], [])
+    if baseline is not None:
+        answers.kl, answers.nll = [], []
+        if bool(baseline.reward_head.weight.any()):
+            answers.rewards = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            texts = [prompt.prompt for prompt in prompts[start : start + batch_size]]
+            ids, mask = rollouts.encode_prompts(
+                tokenizer,
+                texts,
+                max_length=_room(model, sampling),
+                device=model.device,
+            )
+            rollout = rollouts.generate(model, ids, mask, sampling, role=role)
+            answers.responses += rollouts.decode(tokenizer, rollout)
+            answers.tokens += rollout.response_mask.sum(-1).tolist()
+            answers.ended += rollout.ended.tolist()
+            if baseline is not None:
+                _against(baseline, model, role, rollout, sampling, answers)
+            if on_batch is not None:
+                on_batch(min(start + batch_size, len(prompts)))
+    return answers
+
+
+def _against(
+    baseline: HydraModel,
+    model: HydraModel,
+    role: str,
+    rollout: Rollout,
+    sampling: Sampling,
+    answers: Answers,
+) -> None:
+    parts = (rollout.query_responses, rollout.attention_mask, rollout.response_mask)
+    roles = ["reference", *(["reward"] if answers.rewards is not None else [])]
+    theirs = baseline.score(*parts, roles=roles, temperature=sampling.temperature)
+    assert answers.kl is not None and answers.nll is not None and theirs.ref_logprobs is not None
+    if model is baseline and role == "reference":
+        ours = theirs.ref_logprobs
+    else:
+        scored = model.score(*parts, roles=[role], temperature=sampling.temperature)
+        logprobs = scored.logprobs if role == "actor" else scored.ref_logprobs
+        assert logprobs is not None
+        ours = logprobs
+    answers.kl += (ours - theirs.ref_logprobs).sum(-1).tolist()
+    answers.nll += (-theirs.ref_logprobs.sum(-1)).tolist()
+    if answers.rewards is not None and theirs.scores is not None:
+        answers.rewards += theirs.scores.tolist()
+
+
+def judge_answers(
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answers],
+    judge: ScoreJudge | PairJudge,
+    *,
+    seed: int = 0,
+    rouge: bool = False,
+) -> Evaluation:
+    """Score or compare the answers and put intervals around the means.
+
+    Raises:
+        UserError: a policy has another number of answers, or the judge fails on one.
+    """
+    texts = [prompt.prompt for prompt in prompts]
+    for given in answers:
+        if len(given.responses) != len(texts):
+            raise UserError(
+                f"{given.policy} has {len(given.responses)} answers for {len(texts)} prompts"
+            )
+    scores: list[list[float]] | None = None
+    if isinstance(judge, ScoreJudge):
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
+        columns = {name: [prompt.extra.get(name) for prompt in prompts] for name in names}
+        scores = [
+            call_reward_fn(judge.fn, texts, a.responses, columns, torch.device("cpu")).tolist()
+            for a in answers
+        ]
+    count = len(answers)
+    matrix: list[list[Estimate | None]] = [[None] * count for _ in range(count)]
+    for i in range(count):
+        for j in range(i + 1, count):
+            if scores is not None:
+                won = wins(scores[i], scores[j])
+            else:
+                won = judge.compare(  # type: ignore[union-attr]
+                    texts, answers[i].responses, answers[j].responses
+                )
+            ours = mean_interval(won, seed=seed)
+            matrix[i][j] = ours
+            matrix[j][i] = Estimate(1.0 - ours.mean, 1.0 - ours.high, 1.0 - ours.low)
+    reports = []
+    for i, given in enumerate(answers):
+        nll = None if given.nll is None else sum(given.nll) / max(sum(given.tokens), 1)
+        reports.append(
+            PolicyReport(
+                policy=given.policy,
+                score=None if scores is None else mean_interval(scores[i], seed=seed),
+                reward=None if given.rewards is None else mean_interval(given.rewards, seed=seed),
+                win_rate=matrix[i][0] if i else None,
+                kl=None if given.kl is None or not i else mean_interval(given.kl, seed=seed),
+                perplexity=None if nll is None else float(torch.tensor(nll).exp()),
+                length=sum(given.tokens) / len(given.tokens),
+                ended=sum(given.ended) / len(given.ended),
+                distinct_2=distinct(given.responses, 2),
+                rouge=_rouge(prompts, given.responses) if rouge else None,
+            )
+        )
+    return Evaluation(judge.name, len(texts), reports, matrix, texts, list(answers), scores)
+
+
+def summary_table(evaluation: Evaluation, title: str) -> Table:
+    """One row a policy."""
+    first = evaluation.policies[0]
+    columns = ["policy"]
+    numeric = []
+    if first.score is not None:
+        numeric.append(f"{evaluation.judge} [95%]")
+    numeric += ["win rate vs " + first.policy + " [95%]"]
+    if first.reward is not None:
+        numeric.append("RM reward")
+    numeric += ["KL", "length", "ended", "distinct-2"]
+    rows = []
+    for report in evaluation.policies:
+        row = [report.policy]
+        if first.score is not None:
+            row.append(interval(report.score))
+        row.append(interval(report.win_rate, percent=True))
+        if first.reward is not None:
+            row.append("-" if report.reward is None else f"{report.reward.mean:.2f}")
+        row += [
+            "-" if report.kl is None else f"{report.kl.mean:.1f}",
+            f"{report.length:.1f}",
+            f"{100 * report.ended:.0f}%",
+            f"{report.distinct_2:.2f}",
+        ]
+        rows.append(row)
+    return table(title, columns + numeric, rows, numeric=len(numeric))
+
+
+def matrix_table(evaluation: Evaluation) -> Table:
+    """Win rates of every policy (row) against every other (column)."""
+    names = [report.policy for report in evaluation.policies]
+    rows = [
+        [name, *(interval(cell, percent=True) for cell in cells)]
+        for name, cells in zip(names, evaluation.win_rates, strict=True)
+    ]
+    return table("Win rate of row against column", ["", *names], rows, numeric=len(names))
+
+
+def interval(estimate: Estimate | None, *, percent: bool = False) -> str:
+    if estimate is None:
+        return "-"
+    if percent:
+        mean, low, high = (100.0 * x for x in estimate)
+        return f"{mean:.1f}% [{low:.1f}, {high:.1f}]"
+    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def answer_table(evaluation: Evaluation, count: int) -> Table:
+    """The first prompts, unpicked, with every policy's answer and its scores."""
+    rows = []
+    for i in range(min(count, evaluation.num_prompts)):
+        for k, given in enumerate(evaluation.answers):
+            row = [
+                evaluation.prompts[i] if k == 0 else "",
+                given.policy,
+                given.responses[i].strip(),
+            ]
+            if evaluation.scores is not None:
+                row.append(f"{evaluation.scores[k][i]:.2f}")
+            row.append("-" if given.rewards is None else f"{given.rewards[i]:.2f}")
+            rows.append(row)
+    scores = [evaluation.judge] if evaluation.scores is not None else []
+    columns = ["prompt", "policy", "answer", *scores, "RM reward"]
+    return table("The first prompts", columns, rows, numeric=len(scores) + 1)
+
+
+def draw(evaluation: Evaluation, path: Path) -> Path | None:
+    """Scores and win rates with their intervals as a PNG; None without matplotlib."""
+    from hydra_rlhf import curves
+
+    return curves.draw_evaluation(evaluation, path)
+
+
+def gold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The gold reward of the bundled task, as a judge."""
+    from hydra_rlhf.data import bundled
+
+    return [bundled.gold_reward(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _rouge(prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, float]:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError("ROUGE needs rouge-score: pip install 'hydra-rlhf[eval]'") from error
+    references = [_reference(prompt, i) for i, prompt in enumerate(prompts)]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scored = [scorer.score(r, a) for r, a in zip(references, responses, strict=True)]
+    return {
+        name: sum(one[name].fmeasure for one in scored) / len(scored)
+        for name in ("rouge1", "rouge2", "rougeL")
+    }
+
+
+def _reference(prompt: Prompt, index: int) -> str:
+    for name in ("reference", "completion", "chosen"):
+        if isinstance(prompt.extra.get(name), str):
+            return prompt.extra[name]
+    raise UserError(
+        f"ROUGE needs a reference, completion or chosen column; prompt {index + 1} has none"
+    )
+
+
+def _room(model: HydraModel, sampling: Sampling) -> int | None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - sampling.response_length
+
+
+# Loading
+
+
+def load_policy(
+    path: str | Path, *, base: str | Path | None = None, device: Any = None
+) -> tuple[HydraModel, Any]:
+    """A checkpoint, a PEFT adapter folder or a run folder, as a model without adapters.
+
+    Args:
+        path: What to load. Of a run folder: the PPO actor if there is one, else the SFT model.
+        base: What an adapter is for; None reads it from the adapter's own configuration.
+        device: Where to.
+
+    Raises:
+        UserError: nothing loadable is there.
+    """
+    import peft
+    from safetensors import SafetensorError
+
+    path = resolve_policy(path)
+    if not (Path(path) / "adapter_config.json").is_file():
+        model = HydraModel.from_pretrained(path, device=device)
+        return model.eval(), load_tokenizer(path)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+        base = base or config.base_model_name_or_path
+        if base is None:
+            raise UserError(f"the adapter {path} does not name its base model; give --base")
+        plain = HydraModel.from_pretrained(base, device=device)
+        merged = peft.PeftModel.from_pretrained(plain.causal_lm, str(path)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the adapter {path}: {line}") from error
+    model = HydraModel(merged, reward_head=plain.reward_head)
+    return model.eval(), load_tokenizer(base)
+
+
+def resolve_checkpoint(path: str | Path) -> str:
+    """The SFT model inside a run folder; any other path as it is."""
+    folder = Path(path)
+    if (folder / "run.json").is_file():
+        for inside in ("model", "sft"):
+            if (folder / inside).is_dir():
+                return str(folder / inside)
+        raise UserError(f"the run folder {folder} holds no finished SFT model")
+    return str(path)
+
+
+def resolve_policy(path: str | Path) -> str:
+    """The checkpoint or adapter inside a run folder; any other path as it is."""
+    folder = Path(path)
+    if (folder / "run.json").is_file():
+        for inside in ("ppo/actor", "ppo/joint", "actor", "joint", "model", "sft"):
+            if (folder / inside).is_dir():
+                return str(folder / inside)
+        raise UserError(f"the run folder {folder} holds no finished model")
+    return str(path)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load a tokenizer from {path}: {line}") from error
