@@ -43,6 +43,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     min_response_length: int = 0
     do_sample: bool = True
+    min_p: float = 0.0
 
 
 @dataclass
