@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 import time
@@ -92,8 +93,9 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
         rows=tuple(args.row),
         deadline=deadline,
         effort=effort,
+        say=functools.partial(print, file=sys.stderr, flush=True),
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     records: list[harness.Record] = []
     try:
         for record in harness.run(options):
@@ -101,10 +103,11 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
             if args.json:
                 harness.write(record, args.json)
             said = f"{tables.figure(record.ms)} ms" if record.ms is not None else record.status
-            print(f"{record.op} {record.mode} {tables.shape(record)} {record.dtype} "
-                  f"{record.backend}: {said}", file=sys.stderr, flush=True)  # fmt: skip
+            print(f"  {record.backend}: {said}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         return records, 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return records, 0
 
 

@@ -24,6 +24,8 @@ and, where they apply, ``FLOOR`` (the row that ratios are taken to, default the 
 ``MEMORY = True`` (peak memory is part of the claim) and ``GRAPH = ("fwd", ...)`` (modes that are
 timed on CUDA as the replay of a captured graph, because launching them takes longer than running).
 
+The sizes of a shape cut to 16 must work too: tests and dry runs take them.
+
 An end-to-end benchmark provides ``OP`` and ``run(options) -> Iterator[Record]`` instead, and makes
 its records with ``Record.of``. What does not fit a column goes into ``Record.figures``.
 
@@ -36,8 +38,6 @@ Peak memory is what one more call holds above what was held before it.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -52,8 +52,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-
-MIB = 1024**2
+from benchmarks.measure import FULL, QUICK, Effort, graphed, peak_mib, quantile, reason, time_calls
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,6 @@ class Absent:
 
 
 @dataclass(frozen=True)
-class Effort:
-    rounds: int
-    seconds: float  # of one row; fewer rounds where one call is slow, but never fewer than 3
-
-
-QUICK = Effort(rounds=10, seconds=1.0)
-FULL = Effort(rounds=50, seconds=5.0)
-
-
-@dataclass(frozen=True)
 class Options:
     device: str = "cpu"
     quick: bool = False
@@ -98,6 +87,7 @@ class Options:
     rows: tuple[str, ...] = ()
     deadline: float = float("inf")  # on time.monotonic's clock; what is left then is "not reached"
     effort: Effort | None = None
+    say: Callable[[str], object] = str  # told what is measured next; str says it to nobody
 
     @property
     def rounds(self) -> Effort:
@@ -201,9 +191,6 @@ def differs(
     return ""
 
 
-# Discovery
-
-
 def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 
@@ -219,6 +206,12 @@ def shapes_of(bench: Any, device: str, quick: bool) -> list[Shape]:
     return [s for s in shapes if s.quick] if quick else list(shapes)
 
 
+def tiny(bench: Any, device: str) -> Shape:
+    """A shape to see a benchmark work at, not to time it: the first one, each size at most 16."""
+    shape = bench.SHAPES[device][0]
+    return Shape({name: min(size, 16) for name, size in shape.sizes.items()}, "a dry run")
+
+
 def rows_of(bench: Any, device: str) -> list[str]:
     """The rows that ``bench`` may report on ``device``, ours first."""
     return [*ours(bench.OP, device), *bench.PEERS]
@@ -232,163 +225,6 @@ def ours(op: str, device: str) -> list[str]:
         return []
     elsewhere = {"cpu": ("cuda", "triton"), "cuda": ("cpu",)}[device]
     return [name for name in registry.available_backends(op) if name not in elsewhere]
-
-
-# Timing
-
-
-def time_calls(
-    calls: dict[str, Callable[[], object]], device: str, effort: Effort
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
-    """Milliseconds and the host's microseconds of every call, round by round, and failures."""
-    sample = _Cuda() if device == "cuda" else _wall
-    failures: dict[str, str] = {}
-    rounds: dict[str, int] = {}
-    busy: dict[str, float] = {}
-    for name, call in calls.items():
-        try:
-            for _ in range(3):
-                busy[name] = sample(call, busy.get(name, 0.0))[1] / 1e6
-            took = sample(call, busy[name])[0] / 1e3
-            rounds[name] = max(3, min(effort.rounds, int(effort.seconds / max(took, 1e-9))))
-        except Exception as error:
-            failures[name] = reason(error)
-    ms: dict[str, list[float]] = {name: [] for name in rounds}
-    host: dict[str, list[float]] = {name: [] for name in rounds}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for i in range(max(rounds.values(), default=0)):
-            for name in rounds:
-                if name in failures or i >= rounds[name]:
-                    continue
-                try:
-                    took, enqueued = sample(calls[name], busy[name])
-                except Exception as error:
-                    failures[name] = reason(error)
-                    continue
-                ms[name].append(took)
-                host[name].append(enqueued)
-            gc.collect(0)
-    finally:
-        if collecting:
-            gc.enable()
-    return ms, host, failures
-
-
-def _wall(call: Callable[[], object], _: float) -> tuple[float, float]:
-    start = time.perf_counter()
-    call()
-    took = time.perf_counter() - start
-    return took * 1e3, took * 1e6
-
-
-class _Cuda:
-    """Device time of one call with a cold L2 cache."""
-
-    def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        size = 2 * getattr(properties, "L2_cache_size", 64 * MIB)
-        self.flush = torch.empty(size // 4, dtype=torch.int32, device="cuda")
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True)
-
-    def __call__(self, call: Callable[[], object], host_seconds: float) -> tuple[float, float]:
-        torch.cuda.synchronize()
-        self.flush.zero_()
-        # Long enough that the host has enqueued the call before the device reaches it, at 2 GHz;
-        # at most 5 ms, past which launching is what the call really costs.
-        torch.cuda._sleep(int(min(5e-3, 1.5 * host_seconds + 2e-5) * 2e9))
-        self.start.record()
-        start = time.perf_counter()
-        call()
-        enqueued = time.perf_counter() - start
-        self.end.record()
-        torch.cuda.synchronize()
-        return self.start.elapsed_time(self.end), enqueued * 1e6
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of ``call`` as a captured CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
-def quantile(samples: Sequence[float], q: float) -> float:
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-# Memory
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def peak_mib(call: Callable[[], object], device: str) -> float | None:
-    """MiB held at the worst moment of ``call`` above what was held before it.
-
-    On CUDA by torch's allocator. On Linux by the resident set's high-water mark, so that scratch
-    which no tensor owns counts too; None where the system keeps no such mark that can be reset.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with _unmapped_when_freed() as marks:
-        if not marks:
-            return None
-        before = _resident_kib("VmRSS")
-        call()
-        return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
-
-
-@contextlib.contextmanager
-def _unmapped_when_freed() -> Iterator[bool]:
-    """glibc gives every block over 64 KiB back at once, and the high-water mark starts anew."""
-    reset = Path("/proc/self/clear_refs")
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
-        libc.malloc_trim(0)
-        reset.write_text("5")
-    except (OSError, AttributeError):
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        # Where glibc's own adaptive threshold ends up once blocks of that size have been freed.
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
-
-
-def _resident_kib(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-# One run
 
 
 def run(options: Options) -> Iterator[Record]:
@@ -492,6 +328,7 @@ def _measure(
     record: Callable[..., Record],
 ) -> Iterator[Record]:
     device = options.device
+    options.say(f"{bench.OP} {mode} {shape} {str(dtype)[6:]}: {', '.join(due)}")
     torch.manual_seed(0)
     inputs = bench.inputs(shape, dtype, device)
     rows = bench.calls(inputs, mode)
@@ -531,9 +368,3 @@ def _measure(
             repeats=len(ms[row]),
             timing="graph" if as_graph else "events" if device == "cuda" else "wall",
         )
-
-
-def reason(error: BaseException) -> str:
-    """Its type and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

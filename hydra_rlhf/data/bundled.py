@@ -28,7 +28,7 @@ SPLITS = ("train", "test")
 
 
 def demo_pairs(split: str = "train") -> list[Preference]:
-    """The bundled preference pairs: 3500 to train on, or 400 held out (``split="test"``)."""
+    """The bundled preference pairs: 4000 to train on, or 400 held out (``split="test"``)."""
     return [
         Preference(record["prompt"], record["chosen"], record["rejected"])
         for record in _read(_checked(split))

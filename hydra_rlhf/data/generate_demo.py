@@ -18,8 +18,9 @@ from hydra_rlhf.data.demo_grammar import ABOUT, ADDRESS, PROMPTS, THEMES, TONES,
 from hydra_rlhf.data.gold import gold_reward
 
 SEED = 2309
-SIZES = {"train": 3500, "test": 400, "prompts": 400}  # no prompt is in two of them, or twice in one
-TEMPERATURE = 0.07  # of the labels, in units of gold: P(chosen) = sigmoid(difference / temperature)
+SIZES = {"train": 4000, "test": 400, "prompts": 400}  # no prompt is in two of them, or twice in one
+TEMPERATURE = 0.12  # of the labels, in units of gold: P(chosen) = sigmoid(margin / temperature)
+MIN_MARGIN = 0.15  # answers closer than this are not compared
 
 T = TypeVar("T")
 
@@ -55,25 +56,25 @@ def response(rng: random.Random, topic: str) -> str:
     """An answer of mixed quality: any mood, at times astray, cut off, repeating or scrambled."""
     mood = pick(rng, TONES)
     own = next(theme for theme in THEMES if topic in theme.topics)
-    strays = rng.random() < 0.35  # speaks of something else now and then
-    count = pick(rng, (1, 2, 2, 2, 3, 3, 4))
+    astray = rng.random() < 0.3
+    other = pick(rng, THEMES)
+    elsewhere = pick(rng, other.topics)
     sentences = []
-    for _ in range(count):
-        theme, about = own, topic
-        if strays and rng.random() < 0.6:
-            theme = pick(rng, THEMES)
-            about = pick(rng, theme.topics)
-        tone = mood if rng.random() < 0.6 else pick(rng, TONES)
-        sentences.append(sentence(rng, theme, about, tone))
+    for _ in range(pick(rng, (1, 2, 2, 2, 3, 3, 4))):
+        tone = mood if rng.random() < 0.8 else pick(rng, TONES)
+        if astray and rng.random() < 0.8:
+            sentences.append(sentence(rng, other, elsewhere, tone))
+        else:
+            sentences.append(sentence(rng, own, topic, tone))
     defect = rng.random()
-    if defect < 0.08:
+    if defect < 0.06:
         sentences.append(sentences[-1])
     words = " ".join(sentences).split(" ")
-    if 0.08 <= defect < 0.2 and len(words) > 4:
+    if 0.06 <= defect < 0.18 and len(words) > 4:
         words = words[: 3 + int(rng.random() * (len(words) - 4))]  # cut off
-    elif 0.2 <= defect < 0.26:
+    elif 0.18 <= defect < 0.24:
         words = [word for _, word in sorted((rng.random(), word) for word in words)]
-    elif 0.26 <= defect < 0.3:
+    elif 0.24 <= defect < 0.28:
         at = int(rng.random() * len(words))
         words[at:at] = [words[at]] * (3 + int(rng.random() * 6))
     return " " + " ".join(words)
@@ -81,10 +82,10 @@ def response(rng: random.Random, topic: str) -> str:
 
 def pair(rng: random.Random, prompt: str, topic: str) -> dict[str, str]:
     """Two answers, labelled by a noisy comparison of their gold rewards (Bradley, Terry 1952)."""
-    first, second = response(rng, topic), response(rng, topic)
-    while second == first:
-        second = response(rng, topic)
-    margin = gold_reward(prompt, first) - gold_reward(prompt, second)
+    margin = 0.0
+    while abs(margin) < MIN_MARGIN:
+        first, second = response(rng, topic), response(rng, topic)
+        margin = gold_reward(prompt, first) - gold_reward(prompt, second)
     if rng.random() >= 1.0 / (1.0 + math.exp(-margin / TEMPERATURE)):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}

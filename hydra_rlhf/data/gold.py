@@ -27,7 +27,7 @@ class GoldTerms:
     """The terms of the gold reward, each in [0, 1]; ``total`` puts them together."""
 
     fluency: float  # share of trigrams that occur in the grammar: 1 at all of them, 0 at half
-    variety: float  # share of trigrams that are not repeats: 1 from nine in ten on, squared
+    variety: float  # share of trigrams that are not repeats: 1 from 85% on, squared below
     own: float  # share of words that are not copied from the prompt
     relevance: float  # half for naming the topic, half for two words of its theme
     tone: float  # mean over sentences: warm 1, plain 0.4, cold 0
@@ -103,7 +103,7 @@ def _variety(words: list[str]) -> float:
     runs = list(zip(words, words[1:], words[2:], strict=False))
     if not runs:
         return 1.0
-    return min(1.0, len(set(runs)) / len(runs) / 0.9) ** 2
+    return min(1.0, len(set(runs)) / len(runs) / 0.85) ** 2
 
 
 def _own(prompt: list[str], response: list[str]) -> float:
