@@ -26,5 +26,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());
   m.def("ppo_loss_blocks_cuda", &hydra::cuda::ppo_loss_blocks, release_gil());
   m.def("ppo_loss_fwd_cuda", &hydra::cuda::ppo_loss_fwd, release_gil());
+
+  m.def("kl_rewards_fwd_cuda", &hydra::cuda::kl_rewards_fwd, release_gil());
+  m.def("gae_segment_tiles_cuda", &hydra::cuda::gae_segment_tiles, release_gil());
+  m.def("gae_segments_cuda", &hydra::cuda::gae_segments, release_gil());
+  m.def("gae_fwd_cuda", &hydra::cuda::gae_fwd, release_gil());
+  m.def("masked_whiten_blocks_cuda", &hydra::cuda::masked_whiten_blocks, release_gil());
+  m.def("masked_whiten_moments_cuda", &hydra::cuda::masked_whiten_moments, release_gil());
+  m.def("masked_whiten_fwd_cuda", &hydra::cuda::masked_whiten_fwd, release_gil());
+  m.def("advantages_fwd_cuda", &hydra::cuda::advantages_fwd, release_gil());
 #endif
 }

@@ -19,4 +19,35 @@ void ppo_loss_fwd(
     std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues, std::uintptr_t partial,
     std::uintptr_t ticket, int num_blocks, int device, std::uintptr_t stream);
 
+// Rows x columns are B x T. An absent tensor is the address 0; estimator is a KLEstimator. `tiles`
+// is what gae_segment_tiles says; segment_maps is (num_rows, gae_segments, 3) float32, absent for
+// one segment; partial is (blocks, 3) float64, with num_rows * gae_segments blocks for
+// advantages_fwd.
+void kl_rewards_fwd(
+    std::uintptr_t scores, std::uintptr_t logprobs, std::uintptr_t ref_logprobs,
+    std::uintptr_t mask, std::int64_t num_rows, std::int64_t num_cols, float kl_coef, int estimator,
+    std::uintptr_t rewards, int device, std::uintptr_t stream);
+int gae_segment_tiles(std::int64_t num_rows, std::int64_t num_cols, int device);
+int gae_segments(std::int64_t num_cols, int tiles);
+void gae_fwd(
+    std::uintptr_t rewards, std::uintptr_t values, std::uintptr_t mask, std::uintptr_t last_values,
+    std::int64_t num_rows, std::int64_t num_cols, double gamma, double lam, int tiles,
+    std::uintptr_t segment_maps, std::uintptr_t advantages, std::uintptr_t returns, int device,
+    std::uintptr_t stream);
+int masked_whiten_blocks(std::int64_t length, int device);
+void masked_whiten_moments(
+    std::uintptr_t x, std::uintptr_t mask, std::int64_t length, std::uintptr_t partial,
+    std::uintptr_t ticket, std::uintptr_t moments, int num_blocks, int device,
+    std::uintptr_t stream);
+void masked_whiten_fwd(
+    std::uintptr_t x, std::uintptr_t mask, std::int64_t length, std::uintptr_t moments,
+    bool shift_mean, std::uintptr_t out, int num_blocks, int device, std::uintptr_t stream);
+void advantages_fwd(
+    std::uintptr_t scores, std::uintptr_t logprobs, std::uintptr_t ref_logprobs,
+    std::uintptr_t values, std::uintptr_t mask, std::uintptr_t last_values, std::int64_t num_rows,
+    std::int64_t num_cols, float kl_coef, int estimator, double gamma, double lam, int tiles,
+    std::uintptr_t segment_maps, std::uintptr_t rewards, std::uintptr_t advantages,
+    std::uintptr_t returns, std::uintptr_t partial, std::uintptr_t ticket, std::uintptr_t moments,
+    int device, std::uintptr_t stream);
+
 }  // namespace hydra::cuda

@@ -8,13 +8,13 @@
 
 #include <cstdint>
 
+#include "cuda/quad.cuh"
 #include "hydra/ppo_loss.h"
 
 namespace hydra::cuda {
 
 constexpr int kPPOThreads = 256;
-constexpr int kPPOVector = 4;  // tokens a thread takes at once: 16-byte loads
-constexpr int kPPOTile = kPPOThreads * kPPOVector;
+constexpr int kPPOTile = kPPOThreads * kQuad;
 
 struct PPOLossParams {
   const float *logprobs, *values, *old_logprobs, *old_values, *advantages, *returns, *entropy, *kl;
@@ -26,40 +26,6 @@ struct PPOLossParams {
   float* stats;      // (kNumPPOStats,)
   float *dlogprobs, *dvalues;
 };
-
-struct Quad {
-  float at[kPPOVector];
-};
-
-// Reads four tokens. What is masked is read but replaced, so that NaN there cannot enter.
-template <bool kAligned>
-__device__ __forceinline__ Quad
-load_quad(const float* x, std::int64_t i, std::int64_t n, const bool (&keep)[kPPOVector]) {
-  Quad out;
-  if (kAligned && i + kPPOVector <= n) {
-    const float4 v = __ldcs(reinterpret_cast<const float4*>(x + i));  // streamed: read once
-    out.at[0] = v.x, out.at[1] = v.y, out.at[2] = v.z, out.at[3] = v.w;
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPPOVector; ++k) out.at[k] = i + k < n ? x[i + k] : 0.0f;
-  }
-#pragma unroll
-  for (int k = 0; k < kPPOVector; ++k) out.at[k] = keep[k] ? out.at[k] : 0.0f;
-  return out;
-}
-
-template <bool kAligned>
-__device__ __forceinline__ void store_quad(
-    float* x, std::int64_t i, std::int64_t n, const Quad& v) {
-  if (kAligned && i + kPPOVector <= n) {
-    *reinterpret_cast<float4*>(x + i) = make_float4(v.at[0], v.at[1], v.at[2], v.at[3]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPPOVector; ++k) {
-      if (i + k < n) x[i + k] = v.at[k];
-    }
-  }
-}
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -94,20 +60,19 @@ __global__ void __launch_bounds__(kPPOThreads) ppo_loss_fwd_kernel(const PPOLoss
   float sums[kNumPPOSums] = {};
   const std::int64_t n = p.num_tokens;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kPPOTile;
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPPOTile + threadIdx.x * kPPOVector;
+  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPPOTile + threadIdx.x * kQuad;
   for (; i < n; i += stride) {
-    bool keep[kPPOVector];
+    bool keep[kQuad];
+    load_mask<kAligned>(p.mask, i, n, keep);
 #pragma unroll
-    for (int k = 0; k < kPPOVector; ++k) keep[k] = i + k < n && p.mask[i + k] != 0;
-#pragma unroll
-    for (int k = 0; k < kPPOVector; ++k) sums[kCount] += keep[k] ? 1.0f : 0.0f;
+    for (int k = 0; k < kQuad; ++k) sums[kCount] += keep[k] ? 1.0f : 0.0f;
     if (p.logprobs != nullptr) {
       const Quad logprob = load_quad<kAligned>(p.logprobs, i, n, keep);
       const Quad old_logprob = load_quad<kAligned>(p.old_logprobs, i, n, keep);
       const Quad advantage = load_quad<kAligned>(p.advantages, i, n, keep);
       Quad dlogprob;
 #pragma unroll
-      for (int k = 0; k < kPPOVector; ++k) {
+      for (int k = 0; k < kQuad; ++k) {
         const PolicyLoss token =
             ppo_policy_loss(logprob.at[k], old_logprob.at[k], advantage.at[k], p.cliprange);
         dlogprob.at[k] = token.dlogprob;  // 0 where masked: the advantage is
@@ -124,7 +89,7 @@ __global__ void __launch_bounds__(kPPOThreads) ppo_loss_fwd_kernel(const PPOLoss
       const Quad target = load_quad<kAligned>(p.returns, i, n, keep);
       Quad dvalue;
 #pragma unroll
-      for (int k = 0; k < kPPOVector; ++k) {
+      for (int k = 0; k < kQuad; ++k) {
         const ValueLoss token =
             ppo_value_loss(value.at[k], old_value.at[k], target.at[k], p.cliprange_value);
         dvalue.at[k] = token.dvalue;
@@ -136,12 +101,12 @@ __global__ void __launch_bounds__(kPPOThreads) ppo_loss_fwd_kernel(const PPOLoss
     if (p.entropy != nullptr) {
       const Quad entropy = load_quad<kAligned>(p.entropy, i, n, keep);
 #pragma unroll
-      for (int k = 0; k < kPPOVector; ++k) sums[kEntropy] += entropy.at[k];
+      for (int k = 0; k < kQuad; ++k) sums[kEntropy] += entropy.at[k];
     }
     if (p.kl != nullptr) {
       const Quad kl = load_quad<kAligned>(p.kl, i, n, keep);
 #pragma unroll
-      for (int k = 0; k < kPPOVector; ++k) sums[kKL] += kl.at[k];
+      for (int k = 0; k < kQuad; ++k) sums[kKL] += kl.at[k];
     }
   }
   block_sum(sums);
@@ -182,15 +147,10 @@ inline int ppo_loss_num_blocks(std::int64_t num_tokens, int num_multiprocessors)
 
 inline cudaError_t launch_ppo_loss_fwd(
     const PPOLossParams& p, int num_blocks, cudaStream_t stream) {
-  bool aligned = true;
-  for (const void* x :
-       {static_cast<const void*>(p.logprobs), static_cast<const void*>(p.values),
-        static_cast<const void*>(p.old_logprobs), static_cast<const void*>(p.old_values),
-        static_cast<const void*>(p.advantages), static_cast<const void*>(p.returns),
-        static_cast<const void*>(p.entropy), static_cast<const void*>(p.kl),
-        static_cast<const void*>(p.dlogprobs), static_cast<const void*>(p.dvalues)}) {
-    aligned = aligned && reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
-  }
+  const bool aligned = quads_aligned(
+      {p.logprobs, p.values, p.old_logprobs, p.old_values, p.advantages, p.returns, p.entropy, p.kl,
+       p.dlogprobs, p.dvalues},
+      p.mask, kQuad);
   if (aligned) {
     ppo_loss_fwd_kernel<true><<<num_blocks, kPPOThreads, 0, stream>>>(p);
   } else {

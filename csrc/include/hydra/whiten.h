@@ -24,6 +24,31 @@ HYDRA_HOST_DEVICE Moments merge(Moments a, Moments b) {
   return {count, a.mean + apart * share, a.m2 + b.m2 + apart * apart * a.count * share};
 }
 
+// Moments of a stream, for a thread that cannot keep its elements for a second pass. Sums about one
+// of the elements, which is as far from the mean as the others are: nothing cancels, as it would in
+// sums about zero.
+struct ShiftedSums {
+  float shift;
+  double count;
+  double sum;
+  double square;
+};
+
+HYDRA_HOST_DEVICE void add(ShiftedSums& sums, float x) {
+  if (sums.count == 0.0) sums.shift = x;
+  const double deviation = static_cast<double>(x - sums.shift);
+  sums.count += 1.0;
+  sums.sum += deviation;
+  sums.square += deviation * deviation;
+}
+
+HYDRA_HOST_DEVICE Moments moments_of(const ShiftedSums& sums) {
+  if (sums.count == 0.0) return {0.0, 0.0, 0.0};
+  const double apart = sums.sum / sums.count;
+  const double m2 = sums.square - sums.sum * apart;
+  return {sums.count, static_cast<double>(sums.shift) + apart, m2 > 0.0 ? m2 : 0.0};
+}
+
 // (x - mean) / sqrt(variance + eps) + offset, with the mean as the sum of two floats: one float of
 // a mean far from zero would be wrong by more than the deviations.
 struct Whitening {
