@@ -69,7 +69,6 @@ def check(
     named = format_named(format) if format is not None else None
     report = Report(str(source), named.name if named else None, max_length=max_length)
     dialogue = Dialogue(tokenizer, plain=True)
-    report.has_transcripts = False
     tally = _Tally(report, tokenizer)
     for row in read_rows(source, split=split):
         report.rows += 1

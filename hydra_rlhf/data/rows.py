@@ -111,7 +111,7 @@ def _jsonl(file: IO[bytes], path: Path) -> Iterator[Row]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield _json_row(line, f"line {number}")
+            yield _json_row(line.rstrip(b"\r\n"), f"line {number}")
 
 
 def _json_row(line: bytes, where: str) -> Row:
@@ -121,9 +121,13 @@ def _json_row(line: bytes, where: str) -> Row:
     except BadRow as error:
         return Row(where, None, str(error))
     except json.JSONDecodeError as error:
-        return Row(where, None, f"not JSON: {error.msg} at column {error.colno}")
+        return Row(where, None, f"not JSON: {_reason(error)}")
     except (ValueError, RecursionError) as error:  # a number of 5000 digits; brackets 5000 deep
         return Row(where, None, f"not JSON: {_one_line(error)}")
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _decoded(line: bytes) -> str:
@@ -150,9 +154,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(_decoded(file.read().removeprefix(b"\xef\xbb\xbf")))
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from error
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {_one_line(error)}") from error
     for number, value in enumerate(rows, 1):
