@@ -21,6 +21,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_whiten_moments_cpu", &hydra::cpu::masked_whiten_moments, release_gil());
   m.def("masked_whiten_fwd_cpu", &hydra::cpu::masked_whiten_fwd, release_gil());
   m.def("advantages_fwd_cpu", &hydra::cpu::advantages_fwd, release_gil());
+  m.def("linear_logprob_sums_cpu", &hydra::cpu::linear_logprob_sums, release_gil());
+  m.def("linear_logprob_finish_cpu", &hydra::cpu::linear_logprob_finish, release_gil());
+  m.def("linear_logprob_grads_cpu", &hydra::cpu::linear_logprob_grads, release_gil());
 
 #ifdef HYDRA_WITH_CUDA
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());

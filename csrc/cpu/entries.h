@@ -34,4 +34,22 @@ void advantages_fwd(
     std::uintptr_t rewards, std::uintptr_t advantages, std::uintptr_t returns,
     std::uintptr_t moments);
 
+// Adds a block of logits, hidden W^T, to the sums (LogprobSum, sums_stride) of its rows.
+void linear_logprob_sums(
+    std::uintptr_t products, std::uintptr_t ref_products, std::int64_t row_stride,
+    std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
+    std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t sums,
+    std::int64_t sums_stride);
+// results (5, num_rows) in the order of LinearLogprob; norms (LogprobNorm, num_rows).
+void linear_logprob_finish(
+    std::uintptr_t sums, std::int64_t num_rows, bool has_ref, std::uintptr_t results,
+    std::uintptr_t norms);
+// Turns a block of logits into its gradient, in place; upstream (4, stride): of logprobs, entropy,
+// logsumexp, kl.
+void linear_logprob_grads(
+    std::uintptr_t products, std::uintptr_t ref_products, std::int64_t row_stride,
+    std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
+    std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t norms,
+    std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride);
+
 }  // namespace hydra::cpu

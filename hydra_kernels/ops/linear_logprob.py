@@ -34,6 +34,7 @@ def linear_logprob(
     softcap: float | None = None,
     ref_hidden: Tensor | None = None,
     ignore_index: int = -100,
+    memory: str = "recompute",
     backend: str | None = None,
 ) -> LinearLogprob:
     """Log-probability of each target, with the entropy and the KL of the whole distribution.
@@ -58,6 +59,9 @@ def linear_logprob(
         softcap: Above 0 (Gemma 2: 30), None for none.
         ref_hidden: Like hidden: the input of the same head under the reference policy.
         ignore_index: Rows with this target give 0 and get no gradient, whatever they hold.
+        memory: "recompute" makes the logits once more in backward; "save" keeps them, (M, V) in the
+            dtype of hidden, which costs that memory and saves a product. In half precision "save"
+            rounds them, in the forward too.
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
 
     Returns:
@@ -76,17 +80,41 @@ def linear_logprob(
         ref_hidden = None if ref_hidden is None else ref_hidden.to(dtype)
     _check(hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index)
 
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, dtype=torch.float32, device=hidden.device)
-    temperature = temperature.detach().reshape(())
+    if memory not in ("recompute", "save"):
+        raise ValueError(f"{_OP}: memory must be 'recompute' or 'save', got {memory!r}")
+
     rows = hidden.reshape(-1, hidden.shape[-1])
     ref_rows = None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape)
     flat_targets = targets.reshape(-1).long()
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=torch.float32, device=hidden.device)
+    temperature = temperature.detach().reshape(())
 
-    registry.select(_OP, backend, rows, weight, flat_targets, bias, temperature, ref_rows)
-    out = reference.linear_logprob(
-        rows, weight, flat_targets, bias, temperature, softcap, ref_rows, ignore_index
-    )
+    out: tuple[Tensor | None, ...]
+    chosen = registry.select(_OP, backend, rows, weight, flat_targets, bias, ref_rows)
+    if chosen == registry.REFERENCE:
+        out = reference.linear_logprob(
+            rows, weight, flat_targets, bias, temperature, softcap, ref_rows, ignore_index
+        )
+    else:
+        args = (
+            rows,
+            weight,
+            flat_targets,
+            bias,
+            temperature.float(),
+            0.0 if softcap is None else float(softcap),
+            ref_rows,
+            ignore_index,
+            memory == "save" and torch.is_grad_enabled(),
+            chosen,
+        )
+        if torch.compiler.is_compiling():
+            out = torch.ops.hydra.linear_logprob_fwd(*args)[:5]
+        else:
+            out = _LinearLogprob.apply(*args)
+        if ref_rows is None:
+            out = (*out[:3], None, None)
     return LinearLogprob(*(None if t is None else t.reshape(targets.shape) for t in out))
 
 
@@ -151,3 +179,248 @@ def _check(
                 f"{_OP}: targets must be in [0, {weight.shape[0]}) or {ignore_index}, "
                 f"got {bad[0].item()}"
             )
+
+
+def _fwd(args: tuple) -> tuple[Tensor, ...]:
+    """The five results, norms, and the saved logits, empty where there are none."""
+    hidden, chosen, has_ref = args[0], args[9], args[6] is not None
+    results, norms, saved, ref_saved = registry.kernel(_OP, chosen).fwd(*args[:9])
+    empty = norms.new_empty(0)
+    return (
+        # Copies: what is returned may not be a view of the rest.
+        *(
+            row.clone() if i < 3 or has_ref else empty.clone()
+            for i, row in enumerate(results.unbind(0))
+        ),
+        norms,
+        hidden.new_empty(0) if saved is None else saved,
+        hidden.new_empty(0) if ref_saved is None else ref_saved,
+    )
+
+
+def _save(ctx, args: tuple, out: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save, chosen = (
+        args
+    )
+    _, entropy, _, _, kl, norms, saved, ref_saved = out
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        ref_hidden,
+        entropy,
+        kl,
+        norms,
+        saved,
+        ref_saved,
+    )
+    ctx.rest = (softcap, ignore_index, save, chosen)
+
+
+def _bwd_args(ctx, grads: tuple[Tensor | None, ...]) -> tuple | None:
+    """The arguments of ``_bwd``; None where nothing has an upstream gradient."""
+    dlogprobs, dentropy, dlogsumexp, _, dkl = grads[:5]
+    (
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        ref_hidden,
+        entropy,
+        kl,
+        norms,
+        saved,
+        ref_saved,
+    ) = ctx.saved_tensors
+    if ref_hidden is None:
+        dkl = None  # of the empty tensor that stands for it
+    if all(g is None for g in (dlogprobs, dentropy, dlogsumexp, dkl)):
+        return None
+    softcap, ignore_index, save, chosen = ctx.rest
+    need = ctx.needs_input_grad
+    return (
+        dlogprobs,
+        dentropy,
+        dlogsumexp,
+        dkl,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        None if dkl is None else ref_hidden,
+        ignore_index,
+        entropy,
+        kl,
+        norms,
+        saved if save else None,
+        ref_saved if save and dkl is not None else None,
+        [need[0], need[1], need[3]],
+        chosen,
+    )
+
+
+def _bwd(
+    dlogprobs: Tensor | None,  # (M,)
+    dentropy: Tensor | None,
+    dlogsumexp: Tensor | None,
+    dkl: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ref_hidden: Tensor | None,
+    ignore_index: int,
+    entropy: Tensor,
+    kl: Tensor,
+    norms: Tensor,
+    saved: Tensor | None,
+    ref_saved: Tensor | None,
+    wanted: list[bool],
+    chosen: str,
+) -> tuple[Tensor | None, ...]:
+    upstream = norms.new_zeros(4, hidden.shape[0])
+    for row, grad in zip(upstream, (dlogprobs, dentropy, dlogsumexp, dkl), strict=True):
+        if grad is not None:
+            row.copy_(grad)
+    return registry.kernel(_OP, chosen).bwd(
+        upstream,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        ref_hidden,
+        ignore_index,
+        entropy,
+        kl,
+        norms,
+        saved,
+        ref_saved,
+        tuple(wanted),
+    )
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        out = _fwd(args)
+        _save(ctx, args, out)
+        ctx.mark_non_differentiable(out[3])
+        return out[:5]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        args = _bwd_args(ctx, grads)
+        dhidden, dweight, dbias = (None,) * 3 if args is None else _bwd(*args)
+        return (dhidden, dweight, None, dbias, *(None,) * 6)
+
+
+@torch.library.custom_op("hydra::linear_logprob_fwd", mutates_args=())
+def _fwd_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ref_hidden: Tensor | None,
+    ignore_index: int,
+    save: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args = (hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save)
+    return _fwd((*args, chosen))  # type: ignore[return-value]
+
+
+@_fwd_op.register_fake
+def _(hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save, chosen):
+    M, V = hidden.shape[0], weight.shape[0]
+    row = hidden.new_empty(M, dtype=torch.float32)
+    ref = row.new_empty(0 if ref_hidden is None else M)
+    logits = [save, save and ref_hidden is not None]
+    return (
+        *(torch.empty_like(row) for _ in range(3)),
+        ref,
+        torch.empty_like(ref),
+        row.new_empty(4, M),
+        *(hidden.new_empty((M, V) if kept else 0) for kept in logits),
+    )
+
+
+@torch.library.custom_op("hydra::linear_logprob_bwd", mutates_args=())
+def _bwd_op(
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    dlogsumexp: Tensor | None,
+    dkl: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ref_hidden: Tensor | None,
+    ignore_index: int,
+    entropy: Tensor,
+    kl: Tensor,
+    norms: Tensor,
+    saved: Tensor | None,
+    ref_saved: Tensor | None,
+    wanted: list[bool],
+    chosen: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _bwd(
+        dlogprobs,
+        dentropy,
+        dlogsumexp,
+        dkl,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        ref_hidden,
+        ignore_index,
+        entropy,
+        kl,
+        norms,
+        saved,
+        ref_saved,
+        wanted,
+        chosen,
+    )
+    return tuple(hidden.new_empty(0) if t is None else t for t in out)  # type: ignore[return-value]
+
+
+@_bwd_op.register_fake
+def _(*args):
+    hidden, weight, wanted = args[4], args[5], args[17]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)
+    )
+
+
+def _op_backward(ctx, *grads):
+    args = _bwd_args(ctx, grads)
+    none = (None,) * 3
+    out = none if args is None else torch.ops.hydra.linear_logprob_bwd(*args)
+    wanted = none if args is None else args[17]
+    dhidden, dweight, dbias = (t if w else None for t, w in zip(out, wanted, strict=True))
+    return (dhidden, dweight, None, dbias, *none, *none)
+
+
+_fwd_op.register_autograd(
+    _op_backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output)
+)

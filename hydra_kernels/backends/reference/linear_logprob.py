@@ -27,7 +27,10 @@ def linear_logprob(
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
         z = z / temperature.to(z.dtype)
-        return torch.log_softmax(z, -1), torch.logsumexp(z, -1)
+        largest = z.detach().amax(-1, keepdim=True)
+        # Less its maximum first: around 1e4 the gradient of torch's would have three digits.
+        logsumexp = torch.logsumexp(z - largest, -1) + largest.squeeze(-1)
+        return torch.log_softmax(z, -1), logsumexp
 
     def of_kept(row: Tensor) -> Tensor:
         return torch.where(keep, row, 0.0)
