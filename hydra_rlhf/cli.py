@@ -33,6 +33,7 @@ COMMANDS = {
         "align a Hydra-SFT checkpoint with PPO (Hydra-PPO and others)",
     ),
     "evaluate": ("hydra_rlhf.commands.evaluate", "compare policies on the same prompts"),
+    "data": ("hydra_rlhf.commands.data", "data check FILE: what is in a set, bad rows by number"),
 }
 
 EPILOG = f"""\
@@ -121,9 +122,21 @@ def _dispatch(argv: list[str]) -> int:
     module_name, summary = COMMANDS[command]
     _quiet_libraries()
     module = importlib.import_module(module_name)
+    rest = _named(command, rest, getattr(module, "POSITIONALS", ()))
     settings = parse(command, summary, module.ARGUMENTS, rest)
     module.run(*settings)
     return 0
+
+
+def _named(command: str, argv: list[str], names: Sequence[str]) -> list[str]:
+    """Leading words as the flags that they stand for: ``data check FILE``."""
+    flags: list[str] = []
+    for name in names:
+        if argv and not argv[0].startswith("-"):
+            flags.append(f"--{name}={argv.pop(0)}")
+    if names and argv and not argv[0].startswith("-"):
+        raise UserError(f"{command}: unexpected {argv[0]!r} after {' '.join(names)}")
+    return flags + argv
 
 
 def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:

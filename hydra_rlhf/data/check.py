@@ -39,11 +39,19 @@ class Report:
     max_length: int | None = None
     overlong: int = 0  # examples that do not fit into max_length
     has_transcripts: bool = False  # lengths are of plain transcripts for want of a chat template
-    error: str = ""  # why nothing at all can be read
 
     @property
     def usable(self) -> bool:
-        return not self.error and self.bad_rows == 0 and sum(self.examples.values()) > 0
+        return not self.why_not
+
+    @property
+    def why_not(self) -> str:
+        """What keeps it from being usable, or nothing."""
+        if self.bad_rows:
+            return f"{self.bad_rows} of {self.rows} rows are bad"
+        if self.rows == 0:
+            return "it is empty"
+        return "" if self.examples else "its rows hold no examples"
 
 
 def check(
@@ -86,10 +94,6 @@ def check(
                 report.problems.append((row.where, str(error)))
     tally.finish()
     report.has_transcripts &= not getattr(tokenizer, "chat_template", None)
-    if report.rows == 0:
-        report.error = "it is empty"
-    elif not report.examples and report.bad_rows == 0:
-        report.error = "its rows hold no examples"
     return report
 
 
@@ -177,12 +181,7 @@ def render(report: Report) -> str:
         lines += [f"    {where}: {why}" for where, why in report.problems]
         if report.bad_rows > len(report.problems):
             lines.append(f"    ... and {report.bad_rows - len(report.problems)} more")
-    if report.usable:
-        lines.append("usable")
-    elif report.error:
-        lines.append(f"not usable: {report.error}")
-    else:
-        lines.append(f"not usable: {report.bad_rows} of {report.rows} rows are bad")
+    lines.append("usable" if report.usable else f"not usable: {report.why_not}")
     return "\n".join(lines)
 
 
