@@ -1,0 +1,214 @@
+"""The summary: what passed, and what the ops and the methods reach. Needs the standard library."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+#: All that is written to OUT: few and small, so that they can be carried off as they are.
+FILES = (
+    "gpu_check.json", "gpu_check.csv", "ops.jsonl", "ppo.jsonl",
+    "build.log", "tests.log", "sanitizer.log", "bench.log",
+)  # fmt: skip
+OURS = ("cuda", "triton", "cpu", "reference")
+OP_COLUMNS = ("op", "mode", "shape", "dtype", "ours", "ours ms", "best peer", "peer ms",
+              "ceiling ms", "share")  # fmt: skip
+PPO_COLUMNS = ("method", "shape", "models GiB", "held GiB", "peak GiB", "planned GiB",
+               "s/sample")  # fmt: skip
+CEILINGS = "ceilings"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """A line that was cut short, by the end of the part's time, is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def ceilings(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """The fastest copy (GB/s) and product (TFLOP/s) that this run measured, by dtype."""
+    best: dict[tuple[str, str], float] = {}
+    for r in records:
+        if r["op"] != CEILINGS or r["status"] != "ok":
+            continue
+        rate = r["gb_per_s"] if r["mode"] == "copy" else r["tflop_per_s"]
+        for key in ((r["mode"], r["dtype"]), (r["mode"], "any")):
+            best[key] = max(best.get(key, 0.0), rate)
+    return best
+
+
+def ceiling_ms(record: dict[str, Any], best: dict[tuple[str, str], float]) -> float | None:
+    """The least time that the op's bytes and operations take at the measured ceilings."""
+    times = []
+    copy = best.get(("copy", "any"))
+    if record["gb_per_s"] and copy:
+        times.append(record["ms"] * record["gb_per_s"] / copy)
+    product = best.get(("product", record["dtype"]))
+    if record["tflop_per_s"] and product:
+        times.append(record["ms"] * record["tflop_per_s"] / product)
+    return max(times, default=None)
+
+
+def op_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each op, mode, shape and dtype: our best backend and the best peer.
+
+    A peer is an alternative a user would take: rows that only copy or multiply are ceilings.
+    """
+    best = ceilings(records)
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for r in records:
+        if r["op"] != CEILINGS:
+            shape = " ".join(f"{k}={v}" for k, v in r["shape"].items())
+            groups.setdefault((r["op"], r["mode"], shape, r["dtype"]), []).append(r)
+    rows = []
+    for (op, mode, shape, dtype), group in groups.items():
+        timed = sorted((r for r in group if r["ms"] is not None), key=lambda r: r["ms"])
+        mine = [r for r in timed if r["backend"] in OURS]
+        peers = [r for r in timed if r["backend"] not in (*OURS, "copy", "product", "F.linear")]
+        row: dict[str, Any] = dict.fromkeys(OP_COLUMNS)
+        row |= {"op": op, "mode": mode, "shape": shape, "dtype": dtype}
+        if mine:
+            ceiling = ceiling_ms(mine[0], best)
+            row |= {"ours": mine[0]["backend"], "ours ms": mine[0]["ms"], "ceiling ms": ceiling}
+            row["share"] = ceiling / mine[0]["ms"] if ceiling else None
+        else:
+            whys = {r["status"] for r in group if r["backend"] in OURS}
+            row["ours"] = ", ".join(sorted(whys)) or "no row"
+        if peers:
+            row |= {"best peer": peers[0]["backend"], "peer ms": peers[0]["ms"]}
+        rows.append(row)
+    return rows
+
+
+def ppo_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for r in records:
+        f = r["figures"]
+        row = {
+            "method": r["mode"],
+            "shape": " ".join(f"{k}={v}" for k, v in r["shape"].items()),
+            "models GiB": f.get("models_gib"),
+            "held GiB": f.get("held_gib"),
+            "peak GiB": f.get("peak_gib"),
+            "planned GiB": f.get("planned_gib"),
+            "s/sample": f.get("s_per_sample", r["status"]),
+        }
+        rows.append(row)
+    return rows
+
+
+def test_counts(path: Path) -> dict[str, Any]:
+    """Of pytest's junit file: counts, and which failed."""
+    if not path.exists():
+        return {}
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        return {"unreadable": str(error)}
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    for case in root.iter("testcase"):
+        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
+        if bad is not None:
+            counts["failed"] += 1
+            name = f"{case.get('classname')}::{case.get('name')}"
+            said = (bad.get("message") or "").splitlines()
+            counts["failures"].append({"test": name, "said": said[0][:300] if said else ""})
+        elif case.find("skipped") is not None:
+            counts["skipped"] += 1
+        else:
+            counts["passed"] += 1
+    return counts
+
+
+def collect(
+    out: Path, parts: list[dict[str, Any]], junit: Path, commit: str, dry_run: bool
+) -> dict[str, Any]:
+    ops, methods = read_records(out / "ops.jsonl"), read_records(out / "ppo.jsonl")
+    some = next(iter(ops + methods), {})
+    sanitizer = out / "sanitizer.log"
+    not_run = [line for line in sanitizer.read_text(errors="replace").splitlines()
+               if line.startswith("not run")] if sanitizer.exists() else []  # fmt: skip
+    return {
+        "dry_run": dry_run,
+        "commit": commit,
+        "device": some.get("device"),
+        "date": some.get("date"),
+        "versions": some.get("versions"),
+        "parts": parts,
+        "tests": test_counts(junit),
+        "sanitizer": not_run[0] if not_run else None,
+        "ceilings": {f"{mode} {dtype}": v for (mode, dtype), v in ceilings(ops).items()},
+        "ops": op_rows(ops),
+        "ppo": ppo_rows(methods),
+        "statuses": _count(r["status"] for r in ops + methods),
+    }
+
+
+def _count(values) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def write(summary: dict[str, Any], out: Path) -> None:
+    (out / "gpu_check.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with (out / "gpu_check.csv").open("w", newline="") as file:
+        columns = ["table", "commit", "device", *OP_COLUMNS,
+                   *(c for c in PPO_COLUMNS if c not in OP_COLUMNS)]  # fmt: skip
+        rows = csv.DictWriter(file, columns)
+        rows.writeheader()
+        where = {"commit": summary["commit"], "device": summary["device"]}
+        for table in ("ops", "ppo"):
+            for row in summary[table]:
+                rows.writerow({"table": table, **where, **row})
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The short tables that end the output."""
+    lines = [f"\n{summary['device']}, commit {summary['commit']}, {summary['seconds']:.0f} s"]
+    for part in summary["parts"]:
+        lines.append(f"  {part['name']:<10} {part['status']:<12} {part['seconds']:6.0f} s")
+    if tests := summary["tests"]:
+        lines.append(
+            f"  tests: {tests.get('passed')} passed, {tests.get('failed')} failed, "
+            f"{tests.get('skipped')} skipped"
+        )
+        lines += [f"    {f['test']}: {f['said'][:100]}" for f in tests.get("failures", [])[:10]]
+    if summary["sanitizer"]:
+        lines.append(f"  sanitizer: {summary['sanitizer']}")
+    for key, rate in summary["ceilings"].items():
+        if not key.endswith("any"):
+            lines.append(f"  {key}: {rate:.0f} {'GB/s' if key.startswith('copy') else 'TFLOP/s'}")
+    if summary["ops"]:
+        lines += ["", table(OP_COLUMNS, summary["ops"])]
+    if summary["ppo"]:
+        lines += ["", table(PPO_COLUMNS, summary["ppo"])]
+    return "\n".join(lines)
+
+
+def table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    cells = [list(columns)] + [[cell(name, row.get(name)) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if column == "share":
+        return f"{100 * value:.0f}%"
+    return f"{value:.4g}"
