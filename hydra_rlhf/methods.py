@@ -21,10 +21,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
-from hydra_rlhf.config import METHODS, LoraSettings
+from hydra_kernels.nn import LMHead
+from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
+from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
 from hydra_rlhf.trunk import Prefix, blocks
 
 # Prefixes of the distinct models, keyed by their position in MethodModels.distinct.
@@ -88,18 +91,19 @@ class MethodModels:
         response_mask: Tensor,
         *,
         roles: Sequence[str] = ROLES,
+        temperature: float = 1.0,
         kl: bool = False,
         prefixes: Prefixes | None = None,
         **kwargs,
     ) -> Score:
         """:meth:`HydraModel.score` over all the models: each does the roles it plays.
 
-        Raises:
-            ValueError: ``kl`` is asked for while actor and reference have separate heads that
-                both exist only as whole models; use an estimator.
+        The exact KL of two whole models is taken from both heads, some rows of logits at a time,
+        and is a constant to autograd there.
         """
         played = self.by_role()
         out = Score()
+        states: dict[str, Tensor] = {}
         for i, model in enumerate(self.distinct):
             mine = [role for role in roles if played.get(role) is model]
             if not mine:
@@ -109,17 +113,18 @@ class MethodModels:
                 attention_mask,
                 response_mask,
                 roles=mine,
-                kl=kl and "actor" in mine and "reference" in mine,
+                temperature=temperature,
+                kl=kl and self.actor is self.reference and "actor" in mine,
                 prefix=(prefixes or {}).get(i),
+                keep_states=states if kl else None,
                 **kwargs,
             )
             found = {k: v for k, v in part._asdict().items() if v is not None}
             out = out._replace(**found)
-        if kl and out.kl is None:
-            raise ValueError(
-                f"score: {self.method} holds actor and reference as separate models; the exact KL "
-                "needs one model for both"
-            )
+        if kl and self.actor is not self.reference:
+            heads = self.actor.lm_head, self.reference.lm_head
+            hidden = states["actor"], states["reference"]
+            out = out._replace(kl=_kl_of_two_heads(heads, hidden, response_mask, temperature))
         return out
 
     # Training
@@ -232,6 +237,58 @@ def build_method(
     return models
 
 
+def models_of(
+    config: PPOConfig, *, device: str | torch.device | None = None
+) -> tuple[MethodModels, RewardFn | None]:
+    """The models that a configuration names, and its reward function where it has one.
+
+    ``reward_fn`` is imported; a ``reward_model_path`` that is a sequence classifier becomes a
+    reward function with its own tokenizer; any other is a Hydra checkpoint with a reward head.
+
+    Raises:
+        UserError: see :func:`build_method`, ``load_reward_fn`` and ``ClassifierReward``.
+    """
+    config.validate()
+    if not config.sft_model_path:
+        raise UserError("sft_model_path is needed: the model the policy starts from")
+    reward_path = config.reward_model_path
+    reward_fn: RewardFn | None = None
+    if config.reward_fn is not None:
+        if reward_path is not None:
+            raise UserError("reward_fn and reward_model_path exclude each other")
+        reward_fn = load_reward_fn(config.reward_fn)
+    elif reward_path is not None and is_classifier(reward_path):
+        reward_fn = ClassifierReward(
+            reward_path, device=device or "cpu", batch_size=config.per_device_train_batch_size
+        )
+        reward_path = None
+    models = build_method(
+        config.method,
+        config.sft_model_path,
+        reward_path,
+        lora=config,
+        dtype=config.dtype,
+        device=device,
+        reference_adapter=config.reference_adapter,
+        score_with_model=reward_fn is None,
+    )
+    return models, reward_fn
+
+
+def is_classifier(path: str | Path) -> bool:
+    """Whether a checkpoint is a sequence classifier, by its configuration.
+
+    Raises:
+        UserError: there is no readable configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise UserError(f"cannot load a reward model from {path}: {first}") from e
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
 def method_from_model(
     method: str, model: HydraModel, *, lora: LoraSettings | None = None
 ) -> MethodModels:
@@ -329,6 +386,25 @@ def _trained(model: HydraModel, role: str) -> list[nn.Parameter]:
     embedding = {id(p) for p in model.causal_lm.get_input_embeddings().parameters()}
     unused = head - embedding if role == "critic" else set()
     return [p for p in model.base.parameters() if p.requires_grad and id(p) not in unused]
+
+
+@torch.no_grad()
+def _kl_of_two_heads(
+    heads: tuple[LMHead, LMHead],
+    hidden: tuple[Tensor, Tensor],  # each (B, T, D)
+    mask: Tensor,  # (B, T)
+    temperature: float,
+    rows: int = 64,  # of logits held at a time
+) -> Tensor:
+    kl = torch.zeros(mask.shape, device=mask.device)
+    kept = mask.nonzero(as_tuple=True)
+    for b, t in zip(kept[0].split(rows), kept[1].split(rows), strict=True):
+        new, ref = (
+            torch.log_softmax(head.logits(h[b, t]).float() / temperature, -1)
+            for head, h in zip(heads, hidden, strict=True)
+        )
+        kl[b, t] = (new.exp() * (new - ref)).sum(-1)
+    return kl
 
 
 def _check_head(models: MethodModels, path: str | Path) -> None:

@@ -304,6 +304,7 @@ class HydraModel(nn.Module):
         entropy: bool = False,
         prefix: Prefix | None = None,
         detach_hidden: bool = False,
+        keep_states: dict[str, Tensor] | None = None,
     ) -> Score:
         """Log-probabilities, values and scores of responses, without logits in memory.
 
@@ -323,6 +324,7 @@ class HydraModel(nn.Module):
             entropy: Also the actor's entropy.
             prefix: From :meth:`compute_prefix` on these sequences.
             detach_hidden: Stop gradients at the trunk's output, so that only heads learn.
+            keep_states: Filled with the (B, T, D) head inputs of each role.
 
         Returns:
             See :class:`Score`.
@@ -346,6 +348,9 @@ class HydraModel(nn.Module):
             hidden = {role: h.detach() for role, h in hidden.items()}
         targets = input_ids[:, -tokens:].masked_fill(~response_mask, IGNORE)  # (B, T)
         states = {role: h[:, -tokens - 1 : -1] for role, h in hidden.items()}  # (B, T, D)
+
+        if keep_states is not None:
+            keep_states.update(states)
 
         out = Score()
         if "actor" in states:

@@ -130,10 +130,6 @@ def train(
     models = prepare_models(config, model, accelerator.device)
     if reward_fn is None and models.reward is None:
         raise UserError("there is no reward model; give a reward function")
-    if config.kl_estimator == "exact" and models.actor is not models.reference:
-        raise UserError(
-            f"kl_estimator exact needs one model as actor and reference: {models.method}"
-        )
     sampling = rollouts.sampling_of(config, tokenizer)
     check_lengths(config, models)
     num_steps = config.num_steps(len(prompts))

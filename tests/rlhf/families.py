@@ -52,10 +52,14 @@ FAMILIES = tuple(CONFIGS)
 THREE = ("llama", "gpt2", "opt")  # rotary and gated, fused QKV in a Conv1D, learned positions
 
 
-def make_lm(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def make_lm(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> torch.nn.Module:
     """A causal LM whose logits are spread enough for sampling to matter."""
     torch.manual_seed(seed)
-    lm = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    config = CONFIGS[family]()
+    config.update(changes)
+    lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             # transformers starts biases at 0 and norms at 1, which would hide mistakes in them.

@@ -1,0 +1,496 @@
+"""The PPO loop: what must hold before and after updates, and a task every method must solve."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from hydra_rlhf import ppo
+from hydra_rlhf.config import METHODS, PPOConfig
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.methods import MethodModels, build_method, method_from_model, models_of
+from hydra_rlhf.metrics import diagnose
+from hydra_rlhf.model import ROLES, HydraModel
+from hydra_rlhf.schedule import lr_factor, prompt_batches
+from tests.rlhf.families import PROMPTS, THREE, batch, make_lm, make_model, make_tokenizer
+
+ONE_MODEL = ("j-hydra-ppo", "hydra-ppo")
+
+
+def settings(**changes) -> PPOConfig:
+    small = dict(
+        method="hydra-ppo",
+        lora_r=4,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_mini_batches=2,
+        num_ppo_epochs=2,
+        response_length=5,
+        temperature=0.8,
+        learning_rate=1e-2,
+        seed=3,
+    )
+    return PPOConfig(**{**small, **changes})
+
+
+def word_reward(prompts, completions, **columns):
+    """Share of w3 among two words."""
+    return [completion.split().count("w3") / 2 for completion in completions]
+
+
+def plain_model(family="llama", **changes) -> HydraModel:
+    torch.manual_seed(7)
+    lm = make_lm(family, **{"num_hidden_layers": 2, **changes})
+    width = lm.get_output_embeddings().weight.shape[1]
+    return HydraModel(lm, reward_head=torch.nn.Linear(width, 1, bias=False))
+
+
+def run(config, model=None, reward_fn=None, prompts=PROMPTS, **kwargs):
+    model = plain_model() if model is None else model
+    return ppo.train(config, model, make_tokenizer(), prompts, reward_fn=reward_fn, **kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_token_task(method):
+    """Of two words, the rewarded one goes from a fifth of the samples to nearly all."""
+    model = plain_model(vocab_size=4)
+    lr = 4e-3 if method == "ppo" else 2e-2
+    config = settings(
+        method=method,
+        max_steps=12,
+        per_device_train_batch_size=32,
+        num_mini_batches=1,
+        num_ppo_epochs=4,
+        response_length=2,
+        temperature=1.0,
+        learning_rate=lr,
+        critic_learning_rate=2e-2,
+        lr_scheduler_type="constant",
+        kl_coef=0.0,
+    )
+    result = run(config, model, word_reward, ["w2 w3", "w3", "w3 w2 w2"])
+    scores = [m["objective/scores"] for m in result.metrics]
+    assert scores[0] < 0.4
+    assert sum(scores[-3:]) / 3 > 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", THREE)
+def test_before_the_first_update(family, method):
+    """The first minibatch finds ratio 1 and KL 0, bit for bit."""
+    config = settings(method=method, max_steps=1, num_ppo_epochs=1, num_mini_batches=1)
+    metrics = run(config, plain_model(family)).metrics[0]
+    assert metrics["val/ratio"] == 1.0
+    assert metrics["val/ratio_max"] == 1.0
+    assert metrics["objective/kl"] == 0.0
+    assert metrics["policy/approxkl_avg"] == 0.0
+    assert metrics["policy/clipfrac_avg"] == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("family", THREE)
+def test_after_ten_updates_adapter_off_is_the_sft_checkpoint(family, method):
+    model = plain_model(family)
+    before = copy.deepcopy(model.state_dict())
+    ids, mask, response_mask = inputs = batch()
+    with torch.no_grad():
+        expected = model.score(*inputs, roles=("reference", "reward"))
+        logits = model.forward_role("reference", ids, mask)
+    config = settings(method=method, max_steps=3, num_mini_batches=2, num_ppo_epochs=2)
+    assert config.max_steps * config.num_mini_batches * config.num_ppo_epochs >= 10
+    models = run(config, model).models
+    with torch.no_grad():
+        after = models.score(*inputs)
+        assert torch.equal(after.ref_logprobs, expected.ref_logprobs)
+        assert torch.equal(after.scores, expected.scores)
+        assert torch.equal(models.reference.forward_role("reference", ids, mask), logits)
+    assert not torch.equal(after.logprobs, after.ref_logprobs), "the actor did not move"
+    for one in models:
+        state = {k.replace(".base_layer", ""): v for k, v in one.causal_lm.state_dict().items()}
+        for name, value in before.items():
+            if name.startswith("base."):
+                assert torch.equal(state[name.removeprefix("base.")], value), name
+
+
+def test_full_ppo_leaves_reference_and_reward_alone():
+    model = plain_model()
+    inputs = batch()
+    with torch.no_grad():
+        expected = model.score(*inputs, roles=("reference", "reward"))
+    models = run(settings(method="ppo"), model).models
+    with torch.no_grad():
+        after = models.score(*inputs)
+    assert torch.equal(after.ref_logprobs, expected.ref_logprobs)
+    assert torch.equal(after.scores, expected.scores)
+    assert not torch.equal(after.logprobs, after.ref_logprobs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_held_and_passes(method):
+    """DESIGN section 1, the table."""
+    models = method_from_model(method, plain_model(), lora=settings())
+    held = dict(zip(METHODS, (4, 4, 2, 1, 1), strict=True))[method]
+    passes = dict(zip(METHODS, (4, 4, 4, 2, 3), strict=True))[method]
+    adapters = dict(zip(METHODS, (0, 2, 2, 1, 2), strict=True))[method]
+    assert len(models.distinct) == held
+    assert models.num_passes() == passes
+    assert sum(len(model.adapters) for model in models) == adapters
+    count = []
+    for model in models:
+        model.trunk.register_forward_hook(lambda *_: count.append(1))
+    with torch.no_grad():
+        models.score(*batch())
+    assert len(count) == passes
+
+
+def test_methods_on_adapters_agree():
+    """lora-ppo, d-lora-ppo and hydra-ppo train the same adapters from the same seed."""
+    found = {}
+    for method in ("lora-ppo", "d-lora-ppo", "hydra-ppo"):
+        metrics = run(settings(method=method)).metrics
+        found[method] = [(m["objective/scores"], m["loss/value_avg"], m["lr"]) for m in metrics]
+    assert found["lora-ppo"] == found["d-lora-ppo"] == found["hydra-ppo"]
+
+
+def numbers(result):
+    timed = ("time/", "memory/", "perf/")
+    return [{k: v for k, v in m.items() if not k.startswith(timed)} for m in result.metrics]
+
+
+@pytest.mark.parametrize("method", ONE_MODEL)
+def test_same_seed_same_numbers(method):
+    first, second, other = (
+        run(settings(method=method, seed=seed, max_steps=1)) for seed in (3, 3, 4)
+    )
+    assert numbers(first) == numbers(second)
+    assert numbers(first) != numbers(other)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_shared_prefix_changes_nothing(method):
+    with_prefix = run(settings(method=method, lora_last_k=1))
+    without = run(settings(method=method, lora_layers_to_transform=[1], share_prefix=False))
+    assert numbers(with_prefix) == numbers(without)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batched_score": "yes"},
+        {"reuse_reference_reward": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "use_reentrant": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"local_rollout_forward_batch_size": 3},
+        {"rollout_logprobs": "reuse"},
+        {"rollout_logprobs": "check"},
+    ],
+    ids=lambda changes: "-".join(map(str, itertools.chain(*changes.items()))),
+)
+@pytest.mark.parametrize("method", ONE_MODEL)
+def test_ways_to_save_change_nothing(method, changes):
+    """One step's metrics, and the adapters after it, are those of the plain way."""
+    plain = run(settings(method=method, max_steps=1, batched_score="no"))
+    other = run(settings(**{"method": method, "max_steps": 1, "batched_score": "no", **changes}))
+    skip = ("objective/entropy", "val/rollout_logprob_diff")
+    for name, value in numbers(plain)[0].items():
+        if name not in skip:
+            assert math.isclose(numbers(other)[0][name], value, rel_tol=2e-3, abs_tol=2e-5), name
+    theirs = dict(other.models.actor.named_parameters())
+    for name, parameter in plain.models.actor.named_parameters():
+        torch.testing.assert_close(theirs[name], parameter, atol=5e-4, rtol=1e-3, msg=name)
+
+
+def test_exact_kl_of_two_models_and_of_one():
+    """The chunked KL over two heads is the fused one over one head."""
+    inputs = batch()
+    one = make_model("llama", trained=True)
+    alone = MethodModels("hydra-ppo", one, one, one, one)
+    other = plain_model(num_hidden_layers=3)
+    other.causal_lm.load_state_dict(make_lm("llama").state_dict())
+    two = MethodModels("lora-ppo", one, one, other, one)
+    with torch.no_grad():
+        expected = alone.score(*inputs, kl=True, temperature=0.7).kl
+        found = two.score(*inputs, kl=True, temperature=0.7).kl
+    assert expected.max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    assert run(settings(method="ppo", kl_estimator="exact", max_steps=1)).metrics
+
+
+def test_critic_warmup_moves_no_policy():
+    for method in METHODS:
+        config = settings(method=method, max_steps=2, critic_warmup_steps=2)
+        result = run(config)
+        models = result.models
+        with torch.no_grad():
+            out = models.score(*batch())
+        assert torch.equal(out.logprobs, out.ref_logprobs), method
+        moved = (models.critic.value_head.weight - models.critic.reward_head.weight).abs().max()
+        assert moved > 0, method
+        assert "loss/policy_avg" not in result.metrics[0]
+        assert result.metrics[0]["loss/value_avg"] > 0
+
+
+def test_target_kl_stops_a_rollouts_updates():
+    free = run(settings(max_steps=1, num_ppo_epochs=4))
+    held = run(settings(max_steps=1, num_ppo_epochs=4, target_kl=1e-6))
+    assert free.metrics[0]["policy/updates_skipped"] == 0
+    # The first minibatch is at ratio 1; the second sees its step and stops.
+    assert held.metrics[0]["policy/updates_skipped"] == 7
+    assert held.metrics[0]["lr"] < held.metrics[0]["lr/critic"] * 1.01
+
+
+def test_adaptive_kl_controller_moves_the_coefficient():
+    config = settings(kl_controller="adaptive", kl_target=1e-3, kl_horizon=10.0, max_steps=4)
+    coefficients = [m["objective/kl_coef"] for m in run(config).metrics]
+    assert coefficients[0] == config.kl_coef
+    # At KL 0 it falls by the most it may, 0.2 * 8 / 10.
+    assert math.isclose(coefficients[1], config.kl_coef * (1 - 0.2 * 8 / 10))
+    assert coefficients[-1] > coefficients[1], "KL above its target raises it"
+
+
+def test_reward_function_gets_texts_and_columns():
+    from hydra_rlhf.data import Prompt
+
+    seen = []
+
+    def reward(prompts, completions, answer, **rest):
+        seen.append((prompts, completions, answer, rest))
+        return [0.0] * len(prompts)
+
+    rows = [Prompt(p, extra={"answer": i, "note": "n"}) for i, p in enumerate(PROMPTS)]
+    run(settings(max_steps=1), reward_fn=reward, prompts=rows)
+    prompts, completions, answer, rest = seen[0]
+    assert len(prompts) == len(completions) == len(answer) == 8
+    assert all(PROMPTS[i] == prompt for i, prompt in zip(answer, prompts, strict=True))
+    assert rest == {"note": ["n"] * 8}
+    assert all("<eos>" not in c for c in completions)
+
+    def narrow(prompts, completions):
+        return [1.0] * len(prompts)
+
+    assert run(settings(max_steps=1), reward_fn=narrow, prompts=rows).metrics
+
+
+def test_missing_eos_rules():
+    """Each rule applies to the responses that ran out, and to no other."""
+
+    def one(prompts, completions):
+        return [1.0] * len(prompts)
+
+    base = settings(max_steps=1, response_length=1, kl_coef=0.0, method="ppo")
+    for changes, expected in (
+        ({"missing_eos_penalty": 3.0}, -2.0),
+        ({"missing_eos_score": -1.0}, -1.0),
+    ):
+        config = PPOConfig(**{**vars(base), **changes})
+        metrics = run(config, plain_model(vocab_size=4), one, ["w2 w3"]).metrics[0]
+        ended = metrics["val/num_eos_tokens"]
+        mean = (ended * 1.0 + (8 - ended) * expected) / 8
+        assert math.isclose(metrics["objective/rlhf_reward"], mean, abs_tol=1e-6)
+        assert 0 < ended < 8
+
+
+def test_evaluation_leaves_training_alone():
+    plain = run(settings(max_steps=3))
+    held_out = run(
+        settings(max_steps=3, eval_steps=2, num_eval_prompts=5), eval_prompts=PROMPTS[:7]
+    )
+    evaluated = numbers(held_out)
+    assert "eval/win_rate" in evaluated[1] and "eval/win_rate" not in evaluated[0]
+    assert 0.0 <= evaluated[1]["eval/win_rate"] <= 1.0
+    trained = [{k: v for k, v in m.items() if not k.startswith("eval/")} for m in evaluated]
+    assert trained == numbers(plain)
+
+
+def test_tracker_and_on_step_see_every_step():
+    logged, steps = [], []
+
+    class Log:
+        def log(self, metrics, step):
+            logged.append((step, metrics["objective/kl"]))
+
+    run(settings(), tracker=Log(), on_step=lambda step, metrics: steps.append(step))
+    assert steps == [1, 2]
+    assert [step for step, _ in logged] == [1, 2]
+
+
+def test_metrics_are_trls():
+    metrics = run(settings(max_steps=1)).metrics[0]
+    trl = (
+        "objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward "
+        "objective/scores policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg "
+        "val/clipfrac_avg policy/entropy_avg val/ratio val/ratio_var val/num_eos_tokens lr episode"
+    )
+    assert set(trl.split()) <= metrics.keys()
+    assert {"time/rollout", "time/score", "time/update", "memory/update_peak"} <= metrics.keys()
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_diagnostics_name_the_cause():
+    good = run(settings(max_steps=1)).metrics[0] | {"val/num_eos_tokens": 3.0}
+    assert diagnose(settings(), good) == []
+    cases = [
+        ({"top_p": 0.9}, {"objective/kl": -0.5}, "top_p is 0.9"),
+        ({}, {"objective/kl": -5.0}, "far below 0"),
+        ({}, {"val/ratio_max": 11.0}, "passed 10"),
+        ({}, {"val/ratio_first": 1.5}, "starts at ratio 1.5"),
+        ({}, {"val/rollout_logprob_diff": 0.1}, "differ by 0.1"),
+        ({}, {"val/num_eos_tokens": 0.0}, "no response ended"),
+    ]
+    for changes, figures, message in cases:
+        found = diagnose(settings(**changes), good | figures)
+        assert len(found) == 1 and message in found[0], figures
+
+
+def test_batches_pass_over_every_prompt():
+    drawn = list(itertools.islice(prompt_batches(10, 4, seed=0), 5))
+    assert sorted(itertools.chain(*drawn)) == sorted([*range(10), *range(10)])
+    assert drawn == list(itertools.islice(prompt_batches(10, 4, seed=0), 5))
+    assert all(len(batch) == 7 for batch in itertools.islice(prompt_batches(3, 7, seed=0), 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [1 / 3, 2 / 3, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
+        ("constant", [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_by_hand(kind, expected):
+    config = settings(lr_scheduler_type=kind, warmup_steps=2)
+    factors = [lr_factor(config, done, 6) for done in range(7)]
+    assert factors == pytest.approx(expected, abs=1e-6)
+
+
+def test_explained_variance_by_hand():
+    returns = torch.tensor([[1.0, 2.0, 3.0, 9.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    assert float(ppo.explained_variance(returns, returns, mask)) == 1.0
+    # Errors 0, 1, 0: variance 2/9, over 2/3.
+    values = torch.tensor([[1.0, 1.0, 3.0, 0.0]])
+    assert float(ppo.explained_variance(values, returns, mask)) == pytest.approx(2 / 3)
+    assert float(ppo.explained_variance(values, torch.ones(1, 4), mask)) == 0.0
+
+
+def test_save_and_build(tmp_path):
+    """From a Hydra checkpoint on disk: every method starts at it, and what it saves loads."""
+    source = plain_model()
+    source.save_pretrained(tmp_path / "sft")
+    inputs = batch()
+    with torch.no_grad():
+        expected = source.score(*inputs)
+    for method in METHODS:
+        models = build_method(method, tmp_path / "sft", lora=settings())
+        with torch.no_grad():
+            found = models.score(*inputs)
+        for name in ("logprobs", "ref_logprobs", "values", "scores"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), (method, name)
+        models.save(tmp_path / method, base_model=str(tmp_path / "sft"))
+        assert (tmp_path / method / "value_head.safetensors").is_file()
+        names = {"j-hydra-ppo": ["joint"]}.get(method, ["actor", "critic"])
+        for name in names:
+            file = "config.json" if method == "ppo" else "adapter_config.json"
+            assert (tmp_path / method / name / file).is_file(), (method, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "grpo"}, "method must be one of"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"cliprange": 1.0}, "cliprange must be in"),
+        ({"response_length": 0}, "response_length must be at least 1"),
+        ({"response_length": 64}, "leaves no room for a prompt"),
+        ({"max_prompt_length": 2}, "more than 2"),
+        ({"lora_last_k": 9}, "the model has 2 blocks"),
+        ({"lora_last_k": 1, "lora_layers_to_transform": [1]}, "exclude each other"),
+        ({"lora_layers_to_transform": [7]}, "leaves the model's 2 blocks"),
+        ({"top_k": 5, "rollout_logprobs": "reuse"}, "top_k is 5, not 0"),
+        ({"use_score_norm": True}, "needs use_score_scaling"),
+        ({"stop_token": "w3 w4"}, "is 2 tokens, not one"),
+        ({"stop_token_id": 1000}, "is not in the tokenizer"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(settings(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_prompts_and_models_that_cannot_work(tmp_path):
+    with pytest.raises(UserError, match="no prompts"):
+        run(settings(), prompts=[])
+    with pytest.raises(UserError, match="prompt 0 has no tokens"):
+        run(settings(), prompts=[""])
+    with pytest.raises(UserError, match="cannot run on one model with adapters"):
+        run(settings(), make_model("llama", ("joint",)))
+    no_head = HydraModel(make_lm("llama"))
+    no_head.save_pretrained(tmp_path)
+    (tmp_path / "reward_head.safetensors").unlink()
+    with pytest.raises(UserError, match="has no reward head"):
+        build_method("hydra-ppo", tmp_path)
+    with pytest.raises(UserError, match="separate reward model is for"):
+        build_method("hydra-ppo", tmp_path, tmp_path)
+    with pytest.raises(UserError, match="sft_model_path is needed"):
+        models_of(settings())
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda n: [1.0] * (n - 1), "gave 7 scores for 8 responses"),
+        (lambda n: [math.nan] * n, "gave nan for"),
+        (lambda n: 1 / 0, "raised ZeroDivisionError"),
+    ],
+)
+def test_reward_function_faults_are_named(scores, message):
+    def broken(prompts, completions):
+        return scores(len(prompts))
+
+    with pytest.raises(UserError, match=f"reward function broken {message}"):
+        run(settings(), reward_fn=broken)
+
+
+def test_every_field_is_documented_and_parsed():
+    import dataclasses
+
+    for f in dataclasses.fields(PPOConfig):
+        help_text = f.metadata.get("help", "")
+        assert help_text.endswith("]") and "[" in help_text, f.name
+    parser = HfArgumentParser(PPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(
+        "--method j-hydra-ppo --lora_last_k 2 --kl_coef 0.1 --whiten_rewards "
+        "--lora_layers_to_transform 1 2 --no_share_prefix --stop_token_id 3".split()
+    )
+    assert config.method == "j-hydra-ppo" and config.lora_last_k == 2
+    assert config.whiten_rewards and not config.share_prefix
+    assert config.lora_layers_to_transform == [1, 2] and config.stop_token_id == 3
+
+
+def test_defaults_are_the_published_settings():
+    config = PPOConfig()
+    assert (config.cliprange, config.cliprange_value) == (0.2, 0.2)
+    assert (config.gamma, config.lam, config.vf_coef) == (1.0, 0.95, 0.1)
+    assert (config.kl_coef, config.num_ppo_epochs) == (0.05, 4)
+    assert config.adam_epsilon == 1e-5
+    config.validate()
+
+
+def test_optimizer_groups_hold_each_trained_tensor_once():
+    for method in METHODS:
+        models = method_from_model(method, plain_model(), lora=settings())
+        actor, critic = models.actor_parameters(), models.critic_parameters()
+        ids = [id(p) for p in (*actor, *critic)]
+        assert len(ids) == len(set(ids)) and actor, method
+        for role in ROLES[:2]:
+            model = getattr(models, role)
+            adapter = model.role(role).adapter
+            if adapter is not None:
+                assert {id(p) for p in model.adapter_parameters(adapter)} <= set(ids)
+        assert len(critic) == 1 if method == "j-hydra-ppo" else len(critic) > 1
