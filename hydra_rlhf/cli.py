@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -256,6 +257,7 @@ def _did_you_mean(name: str, known: Any) -> str:
 def _quiet_libraries() -> None:
     """Their progress bars and hints would break ours; their errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import datasets
     import transformers
 

@@ -34,6 +34,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hydra_rlhf.errors import UserError
 
@@ -305,8 +306,13 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, numeric: int
         right = index >= len(columns) - numeric
         made.add_column(name, justify="right" if right else "left", no_wrap=right)
     for row in rows:
-        made.add_row(*(cell.replace("[", r"\[") for cell in row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with what a terminal might obey or cannot show replaced."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from hydra_rlhf.records import check_run_dir
 from hydra_rlhf.settings import required, setting
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPS = ("linear_logprob", "lora_linear", "ppo_loss", "kl_rewards", "gae", "masked_whiten")
 
 
 @dataclass
@@ -43,11 +44,11 @@ class OutputConfig:
         choose_backend(self.backend)
 
 
-def choose_backend(name: str) -> None:
+def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
     """Has every op run on the backend ``name``, or on the one in ``HYDRA_BACKEND`` for "auto".
 
     Raises:
-        UserError: it cannot run here; with the reason for the first op.
+        UserError: it cannot run one of ``ops`` here; with the reason.
     """
     if name == "auto":
         name = os.environ.get("HYDRA_BACKEND", "")
@@ -55,13 +56,13 @@ def choose_backend(name: str) -> None:
             return
     if name not in BACKENDS:
         raise UserError(f"no kernel backend {name!r} (known: {', '.join(BACKENDS)})")
-    for op in ("linear_logprob", "ppo_loss"):
-        available = hydra_kernels.available_backends(op)
-        assert not isinstance(available, dict)
-        if name not in available:
+    every = hydra_kernels.available_backends()
+    assert isinstance(every, dict)
+    for op in ops:
+        if op in every and name not in every[op]:
             raise UserError(
-                f"backend {name!r} cannot run {op} here: {available.why_not.get(name)} "
-                f"(can: {', '.join(available)})"
+                f"backend {name!r} cannot run {op} here: {every[op].why_not.get(name)} "
+                f"(can: {', '.join(every[op])})"
             )
     os.environ["HYDRA_BACKEND"] = name
 

@@ -1,0 +1,222 @@
+"""The command line: settings from flags and files, and bad input in one line with code 2."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hydra_rlhf import cli
+from hydra_rlhf.commands.sft import ARGUMENTS as SFT_ARGUMENTS
+from hydra_rlhf.data.bundled import build_tokenizer
+from hydra_rlhf.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PAIR = {"prompt": "The rain.", "chosen": " I like it.", "rejected": " No."}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny checkpoint with a context of 32 tokens."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer(["The rain. I like it. No."], 280, model_max_length=32)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text((json.dumps(PAIR) + "\n") * 8)
+    return path
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a command that must exit with code 2."""
+    assert cli.main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("hydra-rlhf: error: ")
+    return err
+
+
+# Settings
+
+
+def parse_sft(*argv):
+    needed = ["--model", "m", "--pair-data", "d", "--output-dir", "o"]
+    return cli.parse("sft", "s", SFT_ARGUMENTS, [*needed, *argv])
+
+
+def test_without_arguments_there_is_an_overview(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_setting_has_help(command, capsys):
+    import importlib
+
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    for kind in module.ARGUMENTS:
+        for field in dataclasses.fields(kind):
+            assert field.metadata.get("help"), f"{command} --{field.name}"
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_flags_win_over_the_file(tmp_path, name):
+    file = tmp_path / name
+    settings = {"training": {"gamma": 0.5, "batch_size": 4, "max_steps": None}, "epochs": 2}
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    _, config, _ = parse_sft("--config", str(file), "--batch-size", "8")
+    assert (config.gamma, config.batch_size, config.epochs, config.max_steps) == (0.5, 8, 2, None)
+
+
+def test_yaml_numbers_are_numbers(tmp_path):
+    """PyYAML reads 1e-4 as text; argparse makes the float of it."""
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-4\nuse_margins: false\n")
+    _, config, _ = parse_sft("--config", str(tmp_path / "c.yaml"))
+    assert config.learning_rate == 1e-4 and config.use_margins is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gama: 1", "unknown setting 'gama' (did you mean gamma?)"),
+        ("gamma: [", "line 1: not YAML"),
+        ("- 1", "expected settings"),
+        ("gamma: x", "invalid float value"),
+        ("gamma: {a: {b: 1}}", "unknown setting"),
+        ("objective: best", "invalid choice"),
+    ],
+)
+def test_a_bad_config_file(tmp_path, text, message, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert message in fails(capsys, "sft", "--config", tmp_path / "c.yaml")
+
+
+def test_bad_flags(capsys, tmp_path):
+    assert "no such" in fails(capsys, "sft", "--config", tmp_path / "no.yaml").lower()
+    assert "required: " in fails(capsys, "sft")
+    assert "did you mean demo?" in fails(capsys, "dmeo")
+    assert "did you mean --seed?" in fails(capsys, "demo", "--sed=1")
+    assert "invalid int value: 'x'" in fails(capsys, "demo", "--seed", "x")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "pairs.jsonl"),
+        ("", "pairs.jsonl"),
+        (json.dumps(PAIR) + "\n{not json\n", "2"),
+        (json.dumps({"question": "x", "answer": "y"}), "prompt"),
+        (json.dumps({**PAIR, "prompt": "The rain. " * 40}), "context of 32"),
+    ],
+    ids=["missing", "empty", "malformed-line-2", "columns", "prompt-too-long"],
+)
+def test_bad_data(tmp_path, model, text, message, capsys):
+    if text is not None:
+        (tmp_path / "pairs.jsonl").write_text(text)
+    out = tmp_path / "run"
+    line = fails(
+        capsys,
+        *("sft", "--model", model, "--pair-data", tmp_path / "pairs.jsonl", "--output-dir", out),
+    )
+    assert message in line
+    assert not out.exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "./no-such-model"], "cannot load a tokenizer from ./no-such-model"),
+        (["--backend", "cuda"], "backend 'cuda' cannot run"),
+        (["--gamma", "-1"], "gamma must be 0 or more"),
+        (["--log-with", "nonsense"], "unknown tracker"),
+    ],
+)
+def test_bad_settings_write_nothing(tmp_path, model, pairs, flags, message, capsys):
+    out = tmp_path / "run"
+    base = ["sft", "--model", model, "--pair-data", pairs, "--output-dir", out]
+    assert message in fails(capsys, *base, *flags)
+    assert not out.exists()
+
+
+def test_an_output_folder_with_a_run_is_kept(tmp_path, model, pairs, capsys):
+    out = tmp_path / "run"
+    base = ["sft", "--model", model, "--pair-data", pairs, "--output-dir", out, "--max-steps", "1"]
+    assert cli.main([str(a) for a in base]) == 0
+    record = (out / "metrics.jsonl").read_text()
+    assert "already holds a run" in fails(capsys, *base)
+    assert (out / "metrics.jsonl").read_text() == record
+    assert cli.main([str(a) for a in [*base, "--overwrite"]]) == 0
+
+
+@pytest.mark.parametrize("prompts", ["The rain. " * 40, ""], ids=["too-long", "none"])
+def test_bad_prompts_for_ppo(tmp_path, model, prompts, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompts}) if prompts else "")
+    fails(
+        capsys,
+        *("ppo", "--sft-model-path", model, "--prompts", tmp_path / "p.jsonl"),
+        *("--output-dir", tmp_path / "run", "--response-length", "8"),
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_wants_policies_that_exist(tmp_path, model, capsys):
+    assert "./no-such" in fails(capsys, "evaluate", "--policies", "./no-such")
+    assert "same name" in fails(capsys, "evaluate", "--policies", f"a={model}", f"a={model}")
+
+
+# Other endings
+
+
+def test_interrupt_is_130_and_one_line(monkeypatch, capsys):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hydra_rlhf.demo.run", stop)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "hydra-rlhf: interrupted\n"
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    with pytest.raises(UserError):
+        cli.main(["sft", "--verbose"])
+
+
+def test_a_bug_is_one_line_and_code_1(monkeypatch, capsys):
+    monkeypatch.setattr("hydra_rlhf.demo.run", lambda config: 1 / 0)
+    assert cli.main(["demo"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_module_is_the_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "hydra_rlhf", "nothing"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("hydra-rlhf: error: unknown command 'nothing'")
