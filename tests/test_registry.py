@@ -1,0 +1,128 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hydra_kernels import available_backends, ppo_loss
+from hydra_kernels.backends import registry
+
+
+def inputs(dtype=torch.float32):
+    x = torch.zeros(2, 3, dtype=dtype)
+    return dict(
+        logprobs=x,
+        values=x,
+        old_logprobs=x,
+        old_values=x,
+        advantages=x,
+        returns=x,
+        mask=torch.ones(2, 3, dtype=torch.bool),
+    )
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An op of its own: "cpu" runs float32, "cuda" is written but missing from this install."""
+    monkeypatch.setattr(registry, "_KERNELS", {})
+    monkeypatch.setattr(registry, "_ORDER", {})
+    registry._say_once.cache_clear()
+
+    def float32_only(*tensors):
+        return registry.wrong_dtype((torch.float32,), *tensors)
+
+    registry.register("toy", "cpu", registry.Kernel(abs, None, float32_only))
+    registry.register(
+        "toy", "cuda", registry.Kernel(abs, None, float32_only, missing=lambda: ["no driver"])
+    )
+    return "toy"
+
+
+def test_unasked_the_first_that_can_run(toy):
+    assert registry.select(toy, None, torch.zeros(1)) == "cpu"
+    assert registry.select(toy, None, torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert registry.runnable(toy, torch.zeros(1)) == ("cpu", "reference")
+
+
+def test_order_of_an_op(toy):
+    registry.prefer(toy, ("reference", "cpu", "triton", "cuda"))
+    assert registry.select(toy, None, torch.zeros(1)) == "reference"
+    with pytest.raises(ValueError, match="must name each of cuda, cpu, triton, reference once"):
+        registry.prefer(toy, ("cpu",))
+
+
+def test_asked_by_name_it_runs_or_gives_every_reason(toy):
+    assert registry.select(toy, "cpu", torch.zeros(1)) == "cpu"
+    message = r"toy: backend 'cpu' cannot run \(2,\) torch.float64 on cpu: needs torch.float32"
+    with pytest.raises(NotImplementedError, match=message):
+        registry.select(toy, "cpu", torch.zeros(2, dtype=torch.float64), None)
+    with pytest.raises(NotImplementedError, match="no driver"):
+        registry.select(toy, "cuda", torch.zeros(1))
+    with pytest.raises(NotImplementedError, match="not written for this op .written: cuda, cpu"):
+        registry.select(toy, "triton", torch.zeros(1))
+
+
+def test_environment_chooses_for_the_whole_process(toy, monkeypatch):
+    monkeypatch.setenv("HYDRA_BACKEND", "reference")
+    assert registry.select(toy, None, torch.zeros(1)) == "reference"
+    assert registry.select(toy, "cpu", torch.zeros(1)) == "cpu"  # the argument is nearer
+    monkeypatch.setenv("HYDRA_BACKEND", "cuda")
+    with pytest.raises(NotImplementedError, match="no driver"):
+        registry.select(toy, None, torch.zeros(1))
+    monkeypatch.setenv("HYDRA_BACKEND", "")
+    assert registry.select(toy, None, torch.zeros(1)) == "cpu"
+
+
+def test_falling_back_is_said_once(toy, caplog):
+    with caplog.at_level(logging.INFO, logger="hydra_kernels"):
+        for _ in range(3):
+            registry.select(toy, None, torch.zeros(1))
+    assert [r.getMessage() for r in caplog.records] == ["toy: passed over cuda: no driver"]
+
+
+def test_registering_twice_or_nowhere(toy):
+    again = registry.Kernel(abs, None, lambda *t: [])
+    with pytest.raises(ValueError, match="toy already has a kernel for backend 'cpu'"):
+        registry.register(toy, "cpu", again)
+    with pytest.raises(ValueError, match="no such backend 'tpu'"):
+        registry.register(toy, "tpu", again)
+
+
+def test_available_backends():
+    found = available_backends("ppo_loss")
+    assert "reference" in found and found[-1] == "reference"
+    assert set(found) | set(found.why_not) == {"cuda", "cpu", "triton", "reference"}
+    assert all(found.why_not.values())
+    if not torch.cuda.is_available():
+        assert "cuda" not in found and "CUDA" in found.why_not["cuda"]
+    everything = available_backends()
+    assert everything["ppo_loss"] == found
+    ops = {"lora_linear", "linear_logprob", "ppo_loss", "kl_rewards", "gae", "masked_whiten"}
+    assert ops <= set(everything)
+    with pytest.raises(ValueError, match="no such op 'softmax' .known: .*ppo_loss"):
+        available_backends("softmax")
+
+
+def test_every_listed_backend_runs():
+    for backend in available_backends("ppo_loss"):
+        if backend != "cuda":
+            assert ppo_loss(**inputs(), backend=backend).loss == 0
+
+
+def test_without_triton_the_reason_is_that():
+    """The packages import and run where triton is not installed."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import hydra_kernels\n"
+        "print(hydra_kernels.available_backends('ppo_loss').why_not['triton'])\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}
+    )
+    assert out.returncode == 0, out.stderr
+    assert "triton is not installed" in out.stdout
