@@ -63,7 +63,7 @@ def advantages(
         ref_logprobs: (B, T) the same under the reference policy.
         values: (B, T) value of the state in which each token was chosen.
         mask: (B, T) bool, True where the token counts; elsewhere inputs may hold anything.
-        kl_coef: Weight of the KL penalty.
+        kl_coef: Weight of the KL penalty. A number: a compiled caller is compiled anew for another.
         estimator: "k1", "k2", "k3" or "exact", as in :func:`kl_rewards`.
         kl: (B, T) divergence of each token's distribution, for estimator "exact" only.
         gamma: Discount of a step, in [0, 1].

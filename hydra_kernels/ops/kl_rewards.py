@@ -74,7 +74,7 @@ def kl_rewards(
         ref_logprobs: (B, T) the same under the reference policy.
         mask: (B, T) bool, True where the token counts; it may have holes. Elsewhere inputs may hold
             anything, NaN included.
-        kl_coef: Weight of the penalty.
+        kl_coef: Weight of the penalty. A number: a compiled caller is compiled anew for another.
         estimator: "k1", "k2", "k3", or "exact", which takes ``kl`` as it is.
         kl: (B, T) KL divergence of each token's distribution, for estimator "exact" only.
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
