@@ -17,7 +17,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ class MethodModels:
     def critic_parameters(self) -> list[nn.Parameter]:
         """What only the value loss trains: the critic's set, less a joint one, and its head."""
         own = [] if self.joint else _trained(self.critic, "critic")
-        return [*own, cast(nn.Parameter, self.critic.value_head.weight)]
+        return [*own, *self.critic.value_head.parameters()]
 
     # Files
 

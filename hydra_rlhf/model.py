@@ -74,7 +74,8 @@ class HydraModel(nn.Module):
         lora_config: PEFT's, for every adapter; None adapts every linear layer of the blocks with
             rank 128. A ``layers_to_transform`` that starts above 0 gives a shared prefix.
         reward_head: (D -> 1) linear, frozen; None starts a new one at zero.
-        value_head: (D -> 1) linear, trained; None copies the reward head.
+        value_head: (D -> 1) linear, trained, its bias too where it has one; None copies the reward
+            head.
         reference_adapter: Folder of a PEFT adapter that, frozen, makes the reference policy.
 
     Raises:
@@ -554,8 +555,7 @@ class HydraModel(nn.Module):
         for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
             loaded = _load_head(path / name, head.in_features, head.weight.device)
             if loaded is not None:
-                with torch.no_grad():
-                    head.weight.copy_(loaded.weight)
+                head.load_state_dict(loaded.state_dict())
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -632,19 +632,23 @@ def _load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None
     if not file.is_file():
         return None
     try:
-        weight = load_file(file)["weight"]
+        state = load_file(file)
+        weight = state["weight"]
     except (OSError, KeyError, SafetensorError) as e:
         raise UserError(f"cannot read a head from {file}: {_first_line(e)}") from e
     if weight.shape != (1, width):
         raise UserError(f"{file} holds a head of shape {tuple(weight.shape)}, not (1, {width})")
-    head = _new_head(width, device)
-    with torch.no_grad():
-        head.weight.copy_(weight)
+    head = nn.Linear(width, 1, bias="bias" in state, device=device, dtype=torch.float32)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"cannot read a head from {file}: {_first_line(e)}") from e
     return head
 
 
 def _save_head(head: nn.Linear, file: Path) -> None:
-    save_file({"weight": head.weight.detach().cpu().contiguous()}, file)
+    state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    save_file(state, file)
 
 
 def _copy_adapter(model: nn.Module, source: str, target: str) -> None:

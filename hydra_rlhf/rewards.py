@@ -90,6 +90,7 @@ class ClassifierReward:
         path: Folder or hub name for ``AutoModelForSequenceClassification``.
         device: Where to.
         batch_size: Texts in one pass.
+        tokenizer: In place of the one that lies beside the model.
 
     Raises:
         UserError: it cannot be loaded.
@@ -98,10 +99,15 @@ class ClassifierReward:
     __name__ = "classifier"
 
     def __init__(
-        self, path: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 16
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        tokenizer: Any = None,
     ):
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(path))
+            self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(path))
             self.model = AutoModelForSequenceClassification.from_pretrained(str(path), dtype="auto")
         except (OSError, ValueError, SafetensorError) as e:
             first = str(e).strip().splitlines()[0]

@@ -10,9 +10,8 @@ from hydra_rlhf import data, evaluate, ppo, sft
 from hydra_rlhf.commands.inputs import OutputConfig, command_line
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.methods import MethodModels, build_method
+from hydra_rlhf.methods import MethodModels, models_of
 from hydra_rlhf.records import Tracker, open_run_dir
-from hydra_rlhf.rewards import RewardFn, load_reward_fn
 from hydra_rlhf.rollout import encode_prompts
 from hydra_rlhf.settings import required, setting
 
@@ -51,18 +50,8 @@ def run(given: PPOInput, config: PPOConfig, output: OutputConfig) -> ppo.PPOResu
     held_out = (
         data.load_prompts(given.eval_prompts, tokenizer=tokenizer) if given.eval_prompts else None
     )
-    reward_fn: RewardFn | None = load_reward_fn(config.reward_fn) if config.reward_fn else None
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
-    models = build_method(
-        config.method,
-        config.sft_model_path,
-        config.reward_model_path,
-        lora=config,
-        dtype=config.dtype,
-        device=accelerator.device,
-        reference_adapter=config.reference_adapter,
-        score_with_model=reward_fn is None,
-    )
+    models, reward_fn = models_of(config, device=accelerator.device)
     check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
     run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite)
     settings = {"input": given, "ppo": config, "output": output}

@@ -1,0 +1,41 @@
+"""``hydra-rlhf export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_rlhf import export
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.settings import required, setting
+
+
+@dataclass
+class ExportConfig:
+    """What to write, and from what."""
+
+    source: str = required(
+        "with --merge a PEFT adapter folder, such as run/actor; with --classifier a checkpoint"
+    )
+    output: str = required("folder to write; must not hold anything yet")
+    merge: bool = setting(False, "melt the adapter into its base: a plain Hugging Face model")
+    classifier: bool = setting(
+        False, "trunk and reward head as AutoModelForSequenceClassification with one label"
+    )
+    base: str | None = setting(None, "with --merge, the base in place of the one the adapter names")
+
+
+ARGUMENTS = (ExportConfig,)
+POSITIONALS = ("source", "output")
+
+
+def run(config: ExportConfig) -> Path:
+    """Writes the one thing that was asked for."""
+    if config.merge == config.classifier:
+        raise UserError("export: give one of --merge and --classifier")
+    if config.merge:
+        out = export.merge_adapter(config.source, config.output, base=config.base)
+    else:
+        out = export.export_classifier(config.source, config.output)
+    print(f"wrote {out}")
+    return out

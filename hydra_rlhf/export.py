@@ -1,0 +1,178 @@
+"""What leaves this project in other people's formats, and what comes in from them.
+
+- :func:`merge_adapter`: an adapter melted into its base, as a plain Hugging Face model;
+- :func:`export_classifier`: trunk and reward head as ``AutoModelForSequenceClassification``;
+- :func:`import_value_head`: the head of a TRL ``AutoModelForCausalLMWithValueHead`` checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
+
+_TRL_HEAD = "v_head.summary."
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
+
+def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
+    """Writes base + adapter as one model that needs neither PEFT nor this package.
+
+    Args:
+        adapter: PEFT folder, such as ``run/actor``.
+        out: Folder to write; must not hold anything yet.
+        base: The model the adapter is for; None takes what its configuration says.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: the adapter or its base cannot be read, or ``out`` is not empty.
+    """
+    out = _empty_folder(out)
+    adapter = Path(adapter)
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} is not a PEFT folder: it has no adapter_config.json")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"cannot read {adapter}/adapter_config.json: {_first_line(e)}") from e
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise UserError(f"{adapter} does not say which model it is for; give --base")
+    lm = load_causal_lm(base)
+    try:
+        merged = peft.PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
+        raise UserError(f"{adapter} does not fit {base}: {_first_line(e)}") from e
+    merged.save_pretrained(out)
+    _copy_tokenizer(base, out)
+    return out
+
+
+def export_classifier(model: str | Path, out: str | Path) -> Path:
+    """Writes trunk and reward head as a one-label sequence classifier.
+
+    transformers' classifiers score the last token before padding, which is where the reward head
+    scores. Other trainers take the result as a reward model.
+
+    Args:
+        model: A Hydra checkpoint: Hugging Face files with reward_head.safetensors.
+        out: Folder to write; must not hold anything yet.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: there is no reward head, or the family has no classifier.
+    """
+    out = _empty_folder(out)
+    hydra = HydraModel.from_pretrained(model)
+    if not (Path(model) / REWARD_HEAD).is_file():
+        raise UserError(f"{model} has no reward head ({REWARD_HEAD})")
+    settings = hydra.config.to_dict()
+    for name in ("id2label", "label2id"):
+        settings.pop(name, None)
+    config = type(hydra.config).from_dict({**settings, "num_labels": 1})
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
+    try:
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    except ValueError as e:
+        raise UserError(f"transformers has no classifier for {config.model_type}") from e
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.weight.shape != hydra.reward_head.weight.shape:
+        raise UserError(f"the classifier of {config.model_type} has no head to put the reward in")
+    classifier.to(hydra.trunk.dtype)
+    getattr(classifier, classifier.base_model_prefix).load_state_dict(hydra.trunk.state_dict())
+    with torch.no_grad():
+        head.weight.copy_(hydra.reward_head.weight)
+    classifier.save_pretrained(out)
+    _copy_tokenizer(model, out)
+    return out
+
+
+def import_value_head(path: str | Path) -> nn.Linear:
+    """The value head of a TRL ``AutoModelForCausalLMWithValueHead`` checkpoint.
+
+    TRL keeps it as ``v_head.summary.weight`` and ``.bias`` among the model's weights. Pickled
+    checkpoints are read with ``weights_only``.
+
+    Returns:
+        A float32 linear (D -> 1), with TRL's bias where there is one.
+
+    Raises:
+        UserError: no weights, or no such head among them.
+    """
+    state: dict[str, Tensor] = {}
+    files = _weight_files(Path(path))
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                found = load_file(file)
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch.load raises anything for a broken file
+            raise UserError(f"cannot read {file}: {_first_line(e)}") from e
+        state |= {k: v for k, v in found.items() if _TRL_HEAD in k}
+    if not state:
+        raise UserError(f"{path} has no value head ({_TRL_HEAD}*) in it")
+    tensors = {name.split(_TRL_HEAD)[1]: value.float() for name, value in state.items()}
+    weight = tensors.get("weight")
+    if weight is None or weight.dim() != 2 or weight.shape[0] != 1:
+        raise UserError(f"{path}: {_TRL_HEAD}weight is not a (1, D) matrix")
+    head = nn.Linear(weight.shape[1], 1, bias="bias" in tensors)
+    head.load_state_dict(tensors)
+    return head
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for name in _WEIGHT_FILES:
+        file = path / name
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return [file]
+        try:
+            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as e:
+            raise UserError(f"cannot read {file}: {_first_line(e)}") from e
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{file} names files outside its folder")
+        return [path / name for name in names]
+    raise UserError(f"{path} has no model weights ({', '.join(_WEIGHT_FILES[:2])})")
+
+
+def _empty_folder(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"output folder {path} already holds something")
+    return path
+
+
+def _copy_tokenizer(source: str | Path, out: Path) -> None:
+    """The tokenizer's files, where the source is a folder that has them."""
+    names = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
+    for pattern in names:
+        for file in Path(source).glob(pattern):
+            if file.is_file() and not (out / file.name).exists():
+                shutil.copy(file, out / file.name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
