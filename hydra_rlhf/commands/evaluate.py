@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from hydra_rlhf import data, evaluate, sft
 from hydra_rlhf.commands.inputs import choose_backend
 from hydra_rlhf.data import Prompt, bundled
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.evaluate import Answers, Evaluation, ScoreJudge
+from hydra_rlhf.evaluate import Answers, Evaluation, PairJudge, ScoreJudge
+from hydra_rlhf.judge import ChatJudge
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rewards import ClassifierReward, load_reward_fn
 from hydra_rlhf.rollout import Sampling, pad_token_id, stop_token_ids
@@ -36,6 +37,16 @@ class EvaluateConfig:
         "gold: the bundled task's; reward: the baseline's reward head; module:function; or the "
         "path of a sequence classifier. auto is gold on the bundled prompts, else reward",
     )
+    judge_url: str | None = setting(
+        None,
+        "OpenAI-compatible endpoint, whose chat model judges instead; key from the environment",
+    )
+    judge_model: str | None = setting(None, "the chat model's name there")
+    judge_cache: str | None = setting(None, "file that keeps its replies, so that a run can resume")
+    judge_prices: list[float] = field(
+        default_factory=list,
+        metadata={"help": "cost of a million prompt tokens and of a million reply tokens"},
+    )
     temperature: float = setting(1.0, "of sampling; 0 is greedy")
     response_length: int = setting(64, "most tokens in an answer")
     batch_size: int = setting(64, "prompts answered at a time")
@@ -55,6 +66,10 @@ class EvaluateConfig:
         for name in ("temperature", "num_prompts", "show"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise UserError("judge_url and judge_model go together")
+        if len(self.judge_prices) not in (0, 2):
+            raise UserError(f"judge_prices must be two numbers, got {len(self.judge_prices)}")
 
 
 ARGUMENTS = (EvaluateConfig,)
@@ -116,6 +131,8 @@ def run(config: EvaluateConfig) -> Evaluation:
         prompts, answers, judge, seed=config.seed, rouge=config.rouge
     )
     _show(config, tracker, evaluation)
+    if isinstance(judge, ChatJudge):
+        tracker.say(judge.summary())
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,8 +174,13 @@ def _prompts(config: EvaluateConfig, tokenizer: Any) -> list[Prompt]:
     return prompts[: config.num_prompts] if config.num_prompts else prompts
 
 
-def _judge(config: EvaluateConfig, device: Any) -> ScoreJudge | None:
+def _judge(config: EvaluateConfig, device: Any) -> ScoreJudge | PairJudge | None:
     """None where the baseline's reward head judges: its rewards come with the answers."""
+    if config.judge_url is not None and config.judge_model is not None:
+        sent, got = config.judge_prices or (0.0, 0.0)
+        return ChatJudge(
+            config.judge_url, config.judge_model, cache=config.judge_cache, prices=(sent, got)
+        )
     name = config.judge
     if name == "auto":
         name = "gold" if config.prompts == "bundled" else "reward"
