@@ -27,7 +27,8 @@ kernel in CUDA names its features in a comment of its source, `// SASS expects: 
 <feature>`, or `// SASS expects: <kernel><template arguments>: ...` for one instantiation of it.
 
 A failure to compile, a register spill, more shared memory than the architecture has, or a missing
-feature is an error, and the exit status is 1. The table is also in build/compile-check/report.json.
+feature is an error, and the exit status is 1. "warps" is the share of a multiprocessor's warps that
+registers and shared memory leave room for. The table is also in build/compile-check/report.json.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ TRITON_ARCHS = (80, 90, 100)
 # Shared memory that one block may ask for, in bytes: CUDA C++ Programming Guide, table of technical
 # specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Of one multiprocessor, from the same table; the same on all three but for the shared memory.
+SM_REGISTERS, SM_WARPS, SM_BLOCKS = 64 * 1024, 64, 32
+SM_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 FEATURES = {
     # a 16-byte load by one thread, straight, through cp.async, or a bulk copy by the copy engine
     "wide_loads": re.compile(r"\b(LDG\.E(\.\w+)*\.128|LDGSTS\.E(\.\w+)*\.128|UTMALDG|UBLKCP)"),
@@ -77,6 +81,7 @@ class Row:
     spill_bytes: int = 0  # CUDA: as ptxas reports; Triton: 4 for each local load or store
     stack_bytes: int = 0
     shared_bytes: int = 0
+    occupancy: float | None = None  # Triton: warps that fit on a multiprocessor, of 64
     features: dict[str, int] = field(default_factory=dict)  # occurrences in the machine code
     errors: list[str] = field(default_factory=list)
 
@@ -124,6 +129,15 @@ def disassemble(path: Path) -> dict[tuple[str, str], str]:
 def count_features(sass: str) -> dict[str, int]:
     counts = {name: len(pattern.findall(sass)) for name, pattern in FEATURES.items()}
     return {name: count for name, count in counts.items() if count}
+
+
+def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
+    """Share of a multiprocessor's warps that are resident, as far as registers and memory allow."""
+    per_warp = -(-registers * 32 // 256) * 256  # registers are handed out in units of 256
+    by_registers = SM_REGISTERS // max(per_warp, 1) // num_warps
+    by_shared = SM_SHARED[arch] // (shared + 1024)  # each block has 1 KB that the system keeps
+    blocks = min(SM_BLOCKS, SM_WARPS // num_warps, by_registers, by_shared)
+    return blocks * num_warps / SM_WARPS
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -285,7 +299,7 @@ def compile_triton(job: Job) -> Row:
         row.errors.append(f"no such feature {unknown}, known: {list(FEATURES)}")
         return row
     try:
-        cubin, shared = build_triton(kernel, signature, constexprs, options, job.arch)
+        cubin, shared, num_warps = build_triton(kernel, signature, constexprs, options, job.arch)
     except Exception as error:
         (OUT / "errors").mkdir(parents=True, exist_ok=True)
         log = OUT / "errors" / f"{row.kernel}-{job.index}-sm{job.arch}.txt"
@@ -303,11 +317,12 @@ def compile_triton(job: Job) -> Row:
     # Triton has no arrays in local memory: what goes there was spilled.
     row.spill_bytes = 4 * len(LOCAL_MEMORY.findall(sass))
     row.features = count_features(sass)
-    return row.judge(expects, SHARED_LIMIT.get(job.arch))
+    row.occupancy = occupancy(row.registers, shared, num_warps, job.arch)
+    return row.judge(expects, SHARED_LIMIT[job.arch])
 
 
-def build_triton(kernel, signature, constexprs, options, arch: int) -> tuple[bytes, int]:
-    """The machine code, and the shared memory of one block in bytes."""
+def build_triton(kernel, signature, constexprs, options, arch: int) -> tuple[bytes, int, int]:
+    """The machine code; of one block, the shared memory in bytes and the number of warps."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -326,7 +341,7 @@ def build_triton(kernel, signature, constexprs, options, arch: int) -> tuple[byt
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return compiled.asm["cubin"], compiled.metadata.shared
+    return compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps
 
 
 def resource_usage(cubin: Path) -> Counter[str]:
@@ -347,16 +362,19 @@ def check_triton(archs: tuple[int, ...], match: str) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [("", "kernel", "variant", "arch", "regs", "spill", "smem", "machine code", "")]
+    lines = [
+        ("", "kernel", "variant", "arch", "regs", "spill", "smem", "warps", "machine code", "")
+    ]
     for row in rows:
         features = ", ".join(f"{name} {count}" for name, count in row.features.items())
-        numbers = (str(row.registers), str(row.spill_bytes), str(row.shared_bytes))
+        resident = "" if row.occupancy is None else f"{row.occupancy:.0%}"
+        numbers = (str(row.registers), str(row.spill_bytes), str(row.shared_bytes), resident)
         state = "FAILED: " + "; ".join(row.errors) if row.errors else "ok"
         lines.append((row.language, row.kernel, row.variant, row.arch, *numbers, features, state))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = (
         "  ".join(
-            cell.rjust(width) if i in (4, 5, 6) else cell.ljust(width)
+            cell.rjust(width) if 4 <= i <= 7 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -367,7 +385,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("cuda", "triton"))
-    parser.add_argument("--arch", type=int, action="append", help="Triton: 80, 90 or 100")
+    parser.add_argument("--arch", type=int, choices=TRITON_ARCHS, action="append", help="Triton")
     parser.add_argument("--match", default="", help="Triton: kernels whose name or label has this")
     arguments = parser.parse_args()
     shutil.rmtree(OUT / "errors", ignore_errors=True)
