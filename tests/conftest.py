@@ -8,11 +8,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if torch.cuda.is_available():
+            # What is tested through Triton's interpreter or not at all elsewhere runs there.
+            params = getattr(item, "callspec", None)
+            if params is not None and params.params.get("backend") in ("cuda", "triton"):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):  # not `in keywords`: tests/gpu is one too
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
 
 
