@@ -5,7 +5,7 @@ import torch
 
 from tests.gpu.cases import CASES, places, require
 
-SECOND = 2_000_000_000  # cycles, about one second
+BUSY = 400_000_000  # cycles of the device, about 0.2 s
 
 
 def on_gpu():
@@ -22,7 +22,7 @@ def test_runs_on_the_current_stream(name, backend, device):
     with torch.cuda.stream(side):
         case.run(backend)  # cuBLAS makes its workspace for this stream here
     torch.cuda.synchronize()
-    torch.cuda._sleep(SECOND)
+    torch.cuda._sleep(BUSY)
     busy = torch.cuda.Event()
     busy.record()
     with torch.cuda.stream(side):
@@ -42,7 +42,7 @@ def test_waits_for_what_its_own_stream_writes(name, backend, device):
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(SECOND // 20)
+        torch.cuda._sleep(BUSY // 10)
         case.change()
         out = case.run(backend)
         side.synchronize()
@@ -57,7 +57,7 @@ def test_never_synchronises(name, backend, device):
     for _ in range(2):
         case.run(backend)
     torch.cuda.synchronize()
-    torch.cuda._sleep(SECOND)
+    torch.cuda._sleep(BUSY)
     queued = torch.cuda.Event()
     queued.record()
     case.run(backend)
