@@ -7,13 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hydra_rlhf import sft
+from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.data import Preference
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pairs import EncodedPair, batches, collate, encode_pairs
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, pair_losses
+from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, merge_adapter, pair_losses
 
 SHORT = EncodedPair([5, 6], [7, 8, 2], [7, 9, 10, 2], None)
 LONG = EncodedPair([5, 6, 11, 12], [13, 2], [14, 15, 2], 0.5)
@@ -242,6 +243,29 @@ def test_gradient_checkpointing_changes_nothing():
     plain, _ = trained(SFTConfig(**settings), pairs(8))
     recomputed, _ = trained(SFTConfig(**settings, gradient_checkpointing=True), pairs(8))
     torch.testing.assert_close(weights(recomputed), weights(plain), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_lora_is_merged_before_it_is_the_base_of_ppo(tmp_path):
+    """The merged model, adapter off, is the policy that was trained, adapter on."""
+    plain = tiny_model()
+    before = {k: v.clone() for k, v in plain.causal_lm.state_dict().items()}
+    config = SFTConfig(lora_r=4, batch_size=4, epochs=4, learning_rate=1e-2)
+    with torch.enable_grad():
+        model, result = trained(config, pairs(8), model=add_lora(plain, config))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    mask = torch.ones_like(ids)
+    policy = model.forward_role("actor", ids, mask)
+    off = model.forward_role("reference", ids, mask)
+    merged = merge_adapter(model)
+    merged.save_pretrained(tmp_path)
+    loaded = HydraModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        loaded.forward_role("reference", ids, mask), policy, atol=1e-5, rtol=1e-5
+    )
+    assert not torch.allclose(policy, off, atol=1e-2)
+    assert torch.equal(loaded.reward_head.weight, model.reward_head.weight)
+    assert set(loaded.causal_lm.state_dict()) == set(before), "no trace of the adapter is left"
 
 
 def test_a_saved_checkpoint_is_any_users(tmp_path):
