@@ -126,6 +126,12 @@ class PPOConfig(LoraSettings):
         None, "Longer prompts are refused; None allows what the context leaves. [ours]"
     )
     response_length: int = _field(53, "Most tokens in a response. [TRL; RLHF has 48-53]")
+    rollout_engine: str = _field(
+        "hydra",
+        "'hydra' samples over fixed buffers with its state on the device (a CUDA graph on a GPU); "
+        "'transformers' by transformers' generate. The same tokens under greedy decoding. [ours]",
+        choices=("hydra", "transformers"),
+    )
     min_response_length: int = _field(
         0,
         "Fewest tokens before a stop token may come. Above 0 the sampler is no longer the policy "
@@ -264,6 +270,15 @@ class PPOConfig(LoraSettings):
         choices=("no", "bf16", "fp16"),
     )
 
+    # Faults and checkpoints
+    save_steps: int = _field(0, "Take a checkpoint every so many steps; 0 only when stopped. [TRL]")
+    save_total_limit: int | None = _field(None, "Keep only the newest checkpoints. [TRL]")
+    max_bad_updates: int = _field(
+        5,
+        "Updates in a row with a loss or gradient that is not finite before the run ends; those "
+        "before it are skipped and counted in policy/bad_updates. [ours]",
+    )
+
     # Evaluation
     eval_steps: int = _field(
         0, "Evaluate on held-out prompts every so many steps; 0 never does. [TRL]"
@@ -302,6 +317,7 @@ class PPOConfig(LoraSettings):
             "local_rollout_forward_batch_size",
             "response_length",
             "num_ppo_epochs",
+            "max_bad_updates",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

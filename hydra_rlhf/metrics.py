@@ -32,13 +32,16 @@ def update_metrics(history: list[dict[str, Tensor]], skipped: int) -> dict[str, 
         metrics["val/ratio_var"] = torch.stack(ratios).var(correction=0)
         metrics["val/ratio_max"] = torch.stack([f["ratio_max"] for f in history]).max()
         metrics["val/ratio_first"] = ratios[0]
-    metrics["lr"] = history[-1]["lr/actor"]
-    metrics["lr/critic"] = history[-1]["lr/critic"]
+    if history:
+        metrics["lr"] = history[-1]["lr/actor"]
+        metrics["lr/critic"] = history[-1]["lr/critic"]
     return to_floats(metrics) | {"policy/updates_skipped": float(skipped)}
 
 
 def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """One transfer from the device for all of them."""
+    if not metrics:
+        return {}
     device = next(iter(metrics.values())).device
     values = torch.stack([value.detach().double().to(device) for value in metrics.values()])
     return dict(zip(metrics, values.tolist(), strict=True))

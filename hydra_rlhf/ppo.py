@@ -12,27 +12,33 @@ Sources: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 import hydra_kernels
 from hydra_rlhf import rollout as rollouts
+from hydra_rlhf.checkpoint import CheckpointStore, StopRequest, stop_on_signal
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.faults import BadUpdates, Shrinking
 from hydra_rlhf.methods import MethodModels, method_from_model
 from hydra_rlhf.metrics import diagnose, explained_variance, to_floats, update_metrics
 from hydra_rlhf.model import ROLES, HydraModel, Score
 from hydra_rlhf.phases import Phases
+from hydra_rlhf.resume import RunState
 from hydra_rlhf.rewards import (
     AdaptiveKLController,
     FixedKLController,
@@ -42,7 +48,7 @@ from hydra_rlhf.rewards import (
     shape_scores,
 )
 from hydra_rlhf.rollout import Rollout, Sampling
-from hydra_rlhf.schedule import make_optimizer, prompt_batches, seed_everything
+from hydra_rlhf.schedule import PromptBatches, make_optimizer, seed_everything
 from hydra_rlhf.trunk import Prefix
 
 _log = logging.getLogger("hydra_rlhf")
@@ -70,12 +76,16 @@ class PPOResult:
         metrics: One dictionary a step, in order.
         diagnostics: What looked wrong, each with its likely cause.
         seconds: Wall time.
+        first_step: 1, or the step after the checkpoint from which the run went on.
+        stopped_by: The signal that ended the run early, after it was saved.
     """
 
     models: MethodModels
     metrics: list[dict[str, float]] = field(default_factory=list)
     diagnostics: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    first_step: int = 1
+    stopped_by: signal.Signals | None = None
 
 
 @dataclass
@@ -89,6 +99,18 @@ class Experience:
     returns: Tensor
     prefixes: dict[int, Prefix]
 
+    def tensors(self, rows: Tensor) -> dict[str, Tensor]:
+        """What some sequences were trained on, to be written to a file."""
+        index = rows.to(self.advantages.device)
+        return {
+            "query_responses": self.rollout.query_responses[index],
+            "response_mask": self.rollout.response_mask[index],
+            "old_logprobs": self.old_logprobs[index],
+            "old_values": self.old_values[index],
+            "advantages": self.advantages[index],
+            "returns": self.returns[index],
+        }
+
 
 def train(
     config: PPOConfig,
@@ -100,6 +122,8 @@ def train(
     eval_prompts: Sequence[str | PromptLike] | None = None,
     tracker: Tracker | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> PPOResult:
     """Trains a policy with PPO.
 
@@ -114,12 +138,18 @@ def train(
         eval_prompts: Held-out prompts, used every ``config.eval_steps`` steps.
         tracker: Gets each step's metrics.
         on_step: Called with (step from 1, metrics) after each step.
+        run_dir: Where ``checkpoints/`` and, after a fault, ``faults/`` go. With one, SIGTERM and
+            SIGINT save the run and end it between two steps.
+        resume: Go on from the newest whole checkpoint of ``run_dir``; from the start where there is
+            none. The steps that follow are those of a run that never stopped.
 
     Returns:
         See :class:`PPOResult`.
 
     Raises:
-        UserError: the configuration, the prompts or the reward function cannot work.
+        UserError: the configuration, the prompts or the reward function cannot work, or there is
+            nothing that can be resumed.
+        TrainingFault: ``config.max_bad_updates`` updates in a row were not finite.
     """
     # 1. Check and set up.
     config.validate()
@@ -139,71 +169,131 @@ def train(
         if config.kl_controller == "adaptive"
         else FixedKLController(config.kl_coef)
     )
-    moments = RunningMoments() if config.use_score_scaling else None
-    batches = prompt_batches(len(prompts), config.local_batch_size, config.seed)
-    shuffle = torch.Generator().manual_seed(config.seed + 1)
-    phases = Phases(accelerator.device)
+    state = RunState(
+        config,
+        models,
+        optimizer,
+        scheduler,
+        kl_controller,
+        moments=RunningMoments() if config.use_score_scaling else None,
+        batches=PromptBatches(len(prompts), config.local_batch_size, config.seed),
+        shuffle=torch.Generator().manual_seed(config.seed + 1),
+    )
+    folder = None if run_dir is None else Path(run_dir)
+    run = Run(
+        state,
+        accelerator,
+        tokenizer,
+        prompts,
+        list(eval_prompts or [])[: config.num_eval_prompts],
+        reward_fn,
+        Sampler(config, sampling),
+        phases=Phases(accelerator.device),
+        microbatch=Shrinking("per_device_train_batch_size", config.per_device_train_batch_size),
+        scoring=Shrinking(
+            "local_rollout_forward_batch_size", config.local_rollout_forward_batch_size
+        ),
+        bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / "faults"),
+    )
     result = PPOResult(models)
     started = time.perf_counter()
+    store = None
+    if folder is not None:
+        store = CheckpointStore(folder / "checkpoints", save_total_limit=config.save_total_limit)
+        newest = store.latest() if resume else None
+        if newest is not None:
+            result.first_step = state.load(newest.path) + 1
 
-    for step in range(1, num_steps + 1):
-        phases.clear()
-        # 2. Rollout: sample a response to each prompt of the batch.
-        with phases("rollout"), accelerator.autocast():
-            rows = [prompts[i] for i in next(batches)]
-            rollout = sample(config, models.actor, tokenizer, rows, sampling)
-        # 3. Score: log-probabilities of actor and reference, values, rewards.
-        with phases("score"), accelerator.autocast(), torch.no_grad():
-            prefixes = shared_prefixes(config, models, rollout)
-            scored = score(config, models, rollout, prefixes, use_head=reward_fn is None)
-            if reward_fn is not None:
-                raw = call_reward_fn(
-                    reward_fn, rollout.prompts, rollout.responses, rollout.columns, rollout.device
-                )
-                scored = scored._replace(scores=raw)
-        # 4. Rewards and advantages.
-        with phases("advantages"), torch.no_grad():
-            shaped = shape_scores(
-                scored.scores,
-                rollout.ended,
-                missing_eos_penalty=config.missing_eos_penalty,
-                missing_eos_score=config.missing_eos_score,
-                moments=moments,
-                center=config.use_score_norm,
-                clip=config.score_clip,
-            )
-            experience, metrics = make_experience(
-                config, rollout, scored, shaped, kl_controller.value, prefixes
-            )
-        # 5. Update: num_ppo_epochs passes over shuffled minibatches.
-        critic_only = step <= config.critic_warmup_steps
-        with phases("update"):
-            metrics |= update(
-                config, models, experience, optimizer, scheduler, accelerator, shuffle, critic_only
-            )
-        # 6. Adjust the KL coefficient, report.
-        metrics["objective/kl_coef"] = kl_controller.value
-        kl_controller.update(metrics["objective/kl"], config.local_batch_size)
-        if config.eval_steps and eval_prompts and step % config.eval_steps == 0:
-            with phases("eval"), accelerator.autocast():
-                held_out = list(eval_prompts)[: config.num_eval_prompts]
-                metrics |= evaluate(config, models, tokenizer, held_out, sampling, reward_fn)
-        metrics["episode"] = float(step * config.local_batch_size)
-        metrics |= phases.metrics()
-        metrics["perf/tokens_per_second"] = metrics["tokens/response"] / sum(
-            phases.seconds[name] for name in ("rollout", "score", "advantages", "update")
-        )
-        for message in diagnose(config, metrics):
-            if message not in result.diagnostics:
-                result.diagnostics.append(message)
-                _log.warning("step %d: %s", step, message)
-        result.metrics.append(metrics)
-        if tracker is not None:
-            tracker.log(metrics, step)
-        if on_step is not None:
-            on_step(step, metrics)
+    with stop_on_signal() if store is not None else contextlib.nullcontext(StopRequest()) as stop:
+        for step in range(result.first_step, num_steps + 1):
+            metrics = train_step(run, step)  # steps 2 to 6
+            # 7. Report, save.
+            for message in diagnose(config, metrics):
+                if message not in result.diagnostics:
+                    result.diagnostics.append(message)
+                    _log.warning("step %d: %s", step, message)
+            result.metrics.append(metrics)
+            if tracker is not None:
+                tracker.log(metrics, step)
+            if on_step is not None:
+                on_step(step, metrics)
+            due = config.save_steps > 0 and step % config.save_steps == 0
+            if store is not None and (due or stop):
+                state.save(store, step)
+            if stop.signal is not None:
+                _log.warning("%s: stopping after step %d", stop.signal.name, step)
+                result.stopped_by = stop.signal
+                break
     result.seconds = time.perf_counter() - started
     return result
+
+
+@dataclass
+class Run:
+    """What the steps of a run share; ``state`` is the part that a checkpoint holds."""
+
+    state: RunState
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[str | PromptLike]
+    eval_prompts: Sequence[str | PromptLike]
+    reward_fn: RewardFn | None
+    sampler: Sampler
+    phases: Phases
+    microbatch: Shrinking
+    scoring: Shrinking
+    bad: BadUpdates
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One rollout and the updates on it; returns the step's metrics."""
+    config, models, phases = run.state.config, run.state.models, run.phases
+    phases.clear()
+    # 2. Rollout: sample a response to each prompt of the batch.
+    with phases("rollout"), run.accelerator.autocast():
+        rows = [run.prompts[i] for i in next(run.state.batches)]
+        rollout = sample(config, models.actor, run.tokenizer, rows, run.sampler)
+    # 3. Score: log-probabilities of actor and reference, values, rewards.
+    with phases("score"), run.accelerator.autocast(), torch.no_grad():
+        prefixes = shared_prefixes(config, models, rollout)
+        scored = score(
+            config, models, rollout, prefixes, run.scoring, use_head=run.reward_fn is None
+        )
+        if run.reward_fn is not None:
+            raw = call_reward_fn(
+                run.reward_fn, rollout.prompts, rollout.responses, rollout.columns, rollout.device
+            )
+            scored = scored._replace(scores=raw)
+    # 4. Rewards and advantages.
+    with phases("advantages"), torch.no_grad():
+        shaped = shape_scores(
+            scored.scores,
+            rollout.ended,
+            missing_eos_penalty=config.missing_eos_penalty,
+            missing_eos_score=config.missing_eos_score,
+            moments=run.state.moments,
+            center=config.use_score_norm,
+            clip=config.score_clip,
+        )
+        kl_coef = run.state.kl_controller.value
+        experience, metrics = make_experience(config, rollout, scored, shaped, kl_coef, prefixes)
+    # 5. Update: num_ppo_epochs passes over shuffled minibatches.
+    with phases("update"):
+        metrics |= update(run, step, experience)
+    # 6. Adjust the KL coefficient, evaluate.
+    metrics["objective/kl_coef"] = kl_coef
+    run.state.kl_controller.update(metrics["objective/kl"], config.local_batch_size)
+    if config.eval_steps and run.eval_prompts and step % config.eval_steps == 0:
+        with phases("eval"), run.accelerator.autocast():
+            metrics |= evaluate(
+                config, models, run.tokenizer, run.eval_prompts, run.sampler, run.reward_fn
+            )
+    metrics["episode"] = float(step * config.local_batch_size)
+    metrics |= phases.metrics()
+    metrics["perf/tokens_per_second"] = metrics["tokens/response"] / sum(
+        phases.seconds[name] for name in ("rollout", "score", "advantages", "update")
+    )
+    return metrics
 
 
 # 1. Set-up
@@ -250,12 +340,42 @@ def context_limit(model: HydraModel) -> int | None:
 # 2. Rollout
 
 
+class Sampler:
+    """How responses are sampled: by an engine for each model, or by transformers' generate."""
+
+    def __init__(self, config: PPOConfig, sampling: Sampling):
+        self.sampling = sampling
+        self._engines: dict[HydraModel, RolloutEngine] | None = None
+        if config.rollout_engine == "hydra":
+            self._engines = {}
+
+    def __call__(
+        self,
+        model: HydraModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        role: str,
+        with_logprobs: bool,
+    ) -> Rollout:
+        arguments = (model, input_ids, attention_mask, self.sampling)
+        if self._engines is None:
+            return rollouts.generate(*arguments, role=role, with_logprobs=with_logprobs)
+        engine = self._engines.get(model)
+        if engine is None:
+            engine = self._engines[model] = RolloutEngine(model)
+        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs)
+        if not engine.graph:
+            engine.release()  # the update has better use for the memory; a graph keeps its buffers
+        return rollout
+
+
 def sample(
     config: PPOConfig,
     model: HydraModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[str | PromptLike],
-    sampling: Sampling,
+    sampler: Sampler,
     *,
     role: str = "actor",
 ) -> Rollout:
@@ -264,7 +384,7 @@ def sample(
     limit = context_limit(model)
     most = config.max_prompt_length
     if limit is not None:
-        most = min(most or limit, limit - sampling.response_length)
+        most = min(most or limit, limit - config.response_length)
     input_ids, attention_mask = rollouts.encode_prompts(
         tokenizer,
         texts,
@@ -272,11 +392,10 @@ def sample(
         apply_chat_template=config.apply_chat_template,
         device=model.device,
     )
-    rollout = rollouts.generate(
+    rollout = sampler(
         model,
         input_ids,
         attention_mask,
-        sampling,
         role=role,
         with_logprobs=config.rollout_logprobs != "recompute",
     )
@@ -310,6 +429,7 @@ def score(
     models: MethodModels,
     rollout: Rollout,
     prefixes: dict[int, Prefix],
+    scoring: Shrinking,
     *,
     use_head: bool = True,
 ) -> Score:
@@ -317,10 +437,31 @@ def score(
     roles = [role for role in ROLES if use_head or role != "reward"]
     if config.rollout_logprobs == "reuse":
         roles.remove("actor")
+
+    def attempt(size: int) -> Score:
+        return score_by(size, config, models, rollout, prefixes, roles)
+
+    scored = scoring.run(attempt, clean_up=lambda: None)
+    if config.rollout_logprobs == "reuse" and rollout.logprobs is not None:
+        scored = scored._replace(logprobs=rollout.logprobs)
+    if config.rollout_logprobs == "check":
+        check_rollout_logprobs(rollout, scored, config.rollout_logprobs_tolerance)
+    return scored
+
+
+def score_by(
+    size: int,
+    config: PPOConfig,
+    models: MethodModels,
+    rollout: Rollout,
+    prefixes: dict[int, Prefix],
+    roles: Sequence[str],
+) -> Score:
+    """``models.score`` on ``size`` sequences at a time."""
     parts = []
-    for rows in torch.arange(len(rollout)).split(config.local_rollout_forward_batch_size):
+    for rows in torch.arange(len(rollout)).split(size):
         passes = models.num_passes(roles, reuse=config.reuse_reference_reward)
-        fits = passes * len(rows) <= config.local_rollout_forward_batch_size
+        fits = passes * len(rows) <= size
         batch = rollout.rows(rows.to(rollout.device))
         parts.append(
             models.score(
@@ -341,12 +482,7 @@ def score(
         for name, value in parts[0]._asdict().items()
         if value is not None
     }
-    scored = Score(**merged)
-    if config.rollout_logprobs == "reuse" and rollout.logprobs is not None:
-        scored = scored._replace(logprobs=rollout.logprobs)
-    if config.rollout_logprobs == "check":
-        check_rollout_logprobs(rollout, scored, config.rollout_logprobs_tolerance)
-    return scored
+    return Score(**merged)
 
 
 def check_rollout_logprobs(rollout: Rollout, scored: Score, tolerance: float) -> None:
@@ -416,53 +552,48 @@ def make_experience(
 # 5. Update
 
 
-def update(
-    config: PPOConfig,
-    models: MethodModels,
-    experience: Experience,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-    accelerator: Accelerator,
-    shuffle: torch.Generator,
-    critic_only: bool = False,
-) -> dict[str, float]:
+def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
     """All epochs over one rollout; returns the means of the updates' metrics."""
+    config, optimizer, scheduler = run.state.config, run.state.optimizer, run.state.scheduler
+    critic_only = step <= config.critic_warmup_steps
     history: list[dict[str, Tensor]] = []
-    size = config.local_mini_batch_size
     stopped = False
-    skipped = 0
+    skipped = bad = 0
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(experience.rollout), generator=shuffle)
-        for minibatch in order.split(size):
+        order = torch.randperm(len(experience.rollout), generator=run.state.shuffle)
+        for minibatch in order.split(config.local_mini_batch_size):
             if stopped:
                 skipped += 1
                 scheduler.step()  # the schedule is a function of the rollout, not of early stops
                 continue
-            found = update_minibatch(
-                config, models, experience, minibatch, accelerator, critic_only
-            )
-            found |= clip_gradients(config, optimizer, accelerator)
-            found |= {
-                f"lr/{group['name']}": torch.tensor(group["lr"]) for group in optimizer.param_groups
-            }
-            history.append(found)
-            if config.target_kl is not None and not critic_only:
-                stopped = bool(found["approx_kl"] > 1.5 * config.target_kl)
-            if stopped:
-                skipped += 1
+
+            def attempt(size: int, minibatch: Tensor = minibatch) -> dict[str, Tensor]:
+                return update_minibatch(run, experience, minibatch, size, critic_only)
+
+            found = run.microbatch.run(attempt, clean_up=optimizer.zero_grad)
+            norms = clip_gradients(config, optimizer, run.accelerator)
+            losses = {n: found[n] for n in ("policy_loss", "value_loss") if n in found}
+            if run.bad.is_bad(step, losses | norms, experience.tensors(minibatch)):
+                bad += 1
             else:
-                optimizer.step()
+                rates = {f"lr/{g['name']}": torch.tensor(g["lr"]) for g in optimizer.param_groups}
+                history.append(found | norms | rates)
+                if config.target_kl is not None and not critic_only:
+                    stopped = bool(found["approx_kl"] > 1.5 * config.target_kl)
+                if stopped:
+                    skipped += 1
+                else:
+                    optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-    return update_metrics(history, skipped)
+    return update_metrics(history, skipped) | {"policy/bad_updates": float(bad)}
 
 
 def update_minibatch(
-    config: PPOConfig,
-    models: MethodModels,
+    run: Run,
     experience: Experience,
     minibatch: Tensor,  # (mini,) rows of the rollout, on the CPU
-    accelerator: Accelerator,
+    size: int,  # of a microbatch
     critic_only: bool,
 ) -> dict[str, Tensor]:
     """Gradients of one optimizer step, a microbatch at a time; token-weighted means of its metrics.
@@ -473,7 +604,8 @@ def update_minibatch(
     mask = experience.rollout.response_mask
     total = mask[minibatch.to(mask.device)].sum().clamp(min=1)
     means: dict[str, Tensor] = {}
-    for rows in minibatch.split(config.per_device_train_batch_size):
+    config, models, accelerator = run.state.config, run.state.models, run.accelerator
+    for rows in minibatch.split(size):
         index = rows.to(mask.device)
         weight = mask[index].sum() / total
         losses = ppo_losses(config, models, experience, rows, index, accelerator, critic_only)
@@ -590,7 +722,7 @@ def evaluate(
     models: MethodModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | PromptLike],
-    sampling: Sampling,
+    sampler: Sampler,
     reward_fn: RewardFn | None = None,
 ) -> dict[str, float]:
     """Actor against reference on held-out prompts: scores of both, win rate and KL.
@@ -603,7 +735,7 @@ def evaluate(
         for start in range(0, len(prompts), config.local_rollout_forward_batch_size):
             rows = prompts[start : start + config.local_rollout_forward_batch_size]
             for role, model in (("actor", models.actor), ("reference", models.reference)):
-                rollout = sample(config, model, tokenizer, rows, sampling, role=role)
+                rollout = sample(config, model, tokenizer, rows, sampler, role=role)
                 roles = ["actor", "reference"] if role == "actor" else []
                 if reward_fn is None:
                     roles.append("reward")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels
 
 
@@ -22,15 +22,47 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def prompt_batches(num_prompts: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of prompt indices: every prompt once an epoch, shuffled anew each time."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch_size:
-            waiting += torch.randperm(num_prompts, generator=generator).tolist()
-        yield waiting[:batch_size]
-        del waiting[:batch_size]
+class PromptBatches:
+    """Endless batches of prompt indices: every prompt once an epoch, shuffled anew each time.
+
+    Args:
+        num_prompts: How many there are.
+        batch_size: How many a batch has.
+        seed: Of the order.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, seed: int):
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._waiting: list[int] = []
+
+    def __iter__(self) -> PromptBatches:
+        return self
+
+    def __next__(self) -> list[int]:
+        while len(self._waiting) < self.batch_size:
+            self._waiting += torch.randperm(self.num_prompts, generator=self._generator).tolist()
+        batch = self._waiting[: self.batch_size]
+        del self._waiting[: self.batch_size]
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_prompts": self.num_prompts,
+            "generator": self._generator.get_state(),
+            "waiting": list(self._waiting),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the prompts are not as many as they were."""
+        if state["num_prompts"] != self.num_prompts:
+            raise UserError(
+                f"cannot resume: there were {state['num_prompts']} prompts and there are "
+                f"{self.num_prompts}"
+            )
+        self._generator.set_state(state["generator"])
+        self._waiting = list(state["waiting"])
 
 
 def make_optimizer(

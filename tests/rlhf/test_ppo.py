@@ -14,7 +14,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, build_method, method_from_model, models_of
 from hydra_rlhf.metrics import diagnose
 from hydra_rlhf.model import ROLES, HydraModel
-from hydra_rlhf.schedule import lr_factor, prompt_batches
+from hydra_rlhf.schedule import PromptBatches, lr_factor
 from tests.rlhf.families import PROMPTS, THREE, batch, make_lm, make_model, make_tokenizer
 
 ONE_MODEL = ("j-hydra-ppo", "hydra-ppo")
@@ -281,7 +281,13 @@ def test_missing_eos_rules():
     def one(prompts, completions):
         return [1.0] * len(prompts)
 
-    base = settings(max_steps=1, response_length=1, kl_coef=0.0, method="ppo")
+    base = settings(
+        max_steps=1,
+        response_length=1,
+        kl_coef=0.0,
+        method="ppo",
+        per_device_train_batch_size=32,
+    )
     for changes, expected in (
         ({"missing_eos_penalty": 3.0}, -2.0),
         ({"missing_eos_score": -1.0}, -1.0),
@@ -289,9 +295,9 @@ def test_missing_eos_rules():
         config = PPOConfig(**{**vars(base), **changes})
         metrics = run(config, plain_model(vocab_size=4), one, ["w2 w3"]).metrics[0]
         ended = metrics["val/num_eos_tokens"]
-        mean = (ended * 1.0 + (8 - ended) * expected) / 8
+        mean = (ended * 1.0 + (64 - ended) * expected) / 64
         assert math.isclose(metrics["objective/rlhf_reward"], mean, abs_tol=1e-6)
-        assert 0 < ended < 8
+        assert 0 < ended < 64
 
 
 def test_evaluation_leaves_training_alone():
@@ -347,10 +353,10 @@ def test_diagnostics_name_the_cause():
 
 
 def test_batches_pass_over_every_prompt():
-    drawn = list(itertools.islice(prompt_batches(10, 4, seed=0), 5))
+    drawn = list(itertools.islice(PromptBatches(10, 4, seed=0), 5))
     assert sorted(itertools.chain(*drawn)) == sorted([*range(10), *range(10)])
-    assert drawn == list(itertools.islice(prompt_batches(10, 4, seed=0), 5))
-    assert all(len(batch) == 7 for batch in itertools.islice(prompt_batches(3, 7, seed=0), 3))
+    assert drawn == list(itertools.islice(PromptBatches(10, 4, seed=0), 5))
+    assert all(len(batch) == 7 for batch in itertools.islice(PromptBatches(3, 7, seed=0), 3))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""What a run does when a step goes wrong: skip, count, dump, shrink, and say so."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_log = logging.getLogger("hydra_rlhf")
+T = TypeVar("T")
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on; the message says after what, and where the batch was dumped."""
+
+
+@dataclass
+class BadUpdates:
+    """Counts updates whose loss or gradient is not finite.
+
+    Args:
+        limit: How many in a row end the run.
+        folder: Where the batch of the last one is written; None writes nothing.
+    """
+
+    limit: int
+    folder: Path | None = None
+    in_a_row: int = 0
+
+    def is_bad(self, step: int, figures: dict[str, Tensor], batch: dict[str, Tensor]) -> bool:
+        """Whether an update must be skipped. One transfer from the device.
+
+        Raises:
+            TrainingFault: it is the last of ``limit`` in a row.
+        """
+        finite = torch.stack([value.detach().float() for value in figures.values()]).isfinite()
+        if bool(finite.all()):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        names = [n for n, ok in zip(figures, finite.tolist(), strict=True) if not ok]
+        _log.warning(
+            "step %d: update skipped, not finite: %s (%d in a row, %d end the run)",
+            step,
+            ", ".join(names),
+            self.in_a_row,
+            self.limit,
+        )
+        if self.in_a_row >= self.limit:
+            where = self._dump(step, batch)
+            raise TrainingFault(
+                f"{self.in_a_row} updates in a row were not finite ({', '.join(names)}) at step "
+                f"{step}{where}; lower the learning rate, or look at that batch"
+            )
+        return True
+
+    def _dump(self, step: int, batch: dict[str, Tensor]) -> str:
+        if self.folder is None:
+            return ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{step:08d}.safetensors"
+        save_file({n: t.detach().cpu().contiguous() for n, t in batch.items()}, file)
+        return f", the batch is in {file}"
+
+
+@dataclass
+class Shrinking:
+    """A number of sequences that is halved, for the rest of the run, when memory runs out.
+
+    Args:
+        name: The setting that it stands for.
+        size: Sequences at a time.
+    """
+
+    name: str
+    size: int
+
+    def run(self, attempt: Callable[[int], T], clean_up: Callable[[], None]) -> T:
+        """``attempt(size)``, again with half of it after each out-of-memory error.
+
+        Raises:
+            torch.OutOfMemoryError: one sequence is too much.
+        """
+        while True:
+            try:
+                return attempt(self.size)
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+            # Outside the except block, whose exception keeps the failed attempt's tensors alive.
+            clean_up()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = math.ceil(self.size / 2)
+            _log.warning(
+                "out of GPU memory with %s %d: going on with %d", self.name, self.size, half
+            )
+            self.size = half

@@ -1,0 +1,144 @@
+"""What a PPO run has to remember to go on as if it had never stopped.
+
+A checkpoint holds every number that the next step depends on: what the optimizer trains, its
+moments, the schedule, the KL controller, the running statistics of the scores, the place in the
+prompts, and the state of every random generator. The adapters and heads lie beside them in the form
+in which they are used, so that a checkpoint is also a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from hydra_rlhf.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    load_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+)
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.methods import MethodModels
+from hydra_rlhf.rewards import AdaptiveKLController, FixedKLController, RunningMoments
+from hydra_rlhf.schedule import PromptBatches
+
+TRAINED = "trained.safetensors"
+# What may differ between a run and its continuation: how long, how often, and on how much memory.
+MAY_CHANGE = {
+    "max_steps",
+    "total_episodes",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "num_eval_prompts",
+    "local_rollout_forward_batch_size",
+    "prefix_device",
+    "prefix_budget_gb",
+    "sft_model_path",
+    "reward_model_path",
+    "max_bad_updates",
+}
+
+_log = logging.getLogger("hydra_rlhf")
+
+
+@dataclass
+class RunState:
+    """The moving parts of a run; see the module."""
+
+    config: PPOConfig
+    models: MethodModels
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    kl_controller: FixedKLController | AdaptiveKLController
+    moments: RunningMoments | None
+    batches: PromptBatches
+    shuffle: torch.Generator
+
+    def save(self, store: CheckpointStore, step: int) -> Path | None:
+        """Takes the checkpoint of ``step``; None, and a warning, where the disk refuses."""
+        try:
+            return store.save(step, lambda folder: self._write(folder, step))
+        except OSError as error:
+            _log.warning(
+                "the checkpoint of step %d was not written (%s); those before it stay", step, error
+            )
+            return None
+
+    def _write(self, folder: Path, step: int) -> None:
+        if self.models.actor.adapters:
+            self.models.save(folder)
+        save_file({n: t.detach().cpu().contiguous() for n, t in self._trained()}, folder / TRAINED)
+        save_state(
+            folder,
+            {
+                "step": step,
+                "config": dataclasses.asdict(self.config),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "kl_controller": dict(vars(self.kl_controller)),
+                "moments": None if self.moments is None else dict(vars(self.moments)),
+                "batches": self.batches.state_dict(),
+                "shuffle": self.shuffle.get_state(),
+                "rng": rng_state(),
+            },
+        )
+
+    def load(self, folder: Path) -> int:
+        """Puts back what was saved in a verified checkpoint; returns its step.
+
+        Raises:
+            UserError: it is of a run with other settings, or of another model.
+        """
+        try:
+            state = load_state(folder)
+            trained = load_file(folder / TRAINED)
+        except (CheckpointError, OSError, SafetensorError) as error:
+            raise UserError(f"cannot resume from {folder}: {error}") from error
+        self._check_config(folder, state["config"])
+        expected = {name: tensor.shape for name, tensor in self._trained()}
+        found = {name: tensor.shape for name, tensor in trained.items()}
+        if expected != found:
+            raise UserError(f"cannot resume from {folder}: it is of another model")
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(trained[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        vars(self.kl_controller).update(state["kl_controller"])
+        if self.moments is not None:
+            vars(self.moments).update(state["moments"])
+        self.batches.load_state_dict(state["batches"])
+        self.shuffle.set_state(state["shuffle"])
+        set_rng_state(state["rng"])
+        return state["step"]
+
+    def _check_config(self, folder: Path, before: dict[str, Any]) -> None:
+        now = dataclasses.asdict(self.config)
+        for name in sorted(set(now) | set(before)):
+            if name not in MAY_CHANGE and now.get(name) != before.get(name):
+                raise UserError(
+                    f"cannot resume from {folder}: {name} was {before.get(name)!r} and is "
+                    f"{now.get(name)!r}"
+                )
+
+    def _trained(self) -> Sequence[tuple[str, Tensor]]:
+        """What the optimizer trains, under names that depend on the method and model only."""
+        return [
+            (f"{group['name']}.{i:05d}", parameter)
+            for group in self.optimizer.param_groups
+            for i, parameter in enumerate(group["params"])
+        ]
