@@ -22,8 +22,15 @@ $(BIN)/python:
 	  "hydra-rlhf needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 
+# Changes when the settings do, so that HYDRA_BUILD=cuda after another build is obeyed.
+SETTINGS := $(VENV)/.settings
+$(SETTINGS): $(BIN)/python FORCE
+	@echo '$(HYDRA_BUILD) $(HYDRA_CUDA_ARCHS)' | cmp -s - $@ || \
+	  echo '$(HYDRA_BUILD) $(HYDRA_CUDA_ARCHS)' > $@
+FORCE:
+
 # What builds the extension is installed first, so that a rebuild downloads nothing and is incremental.
-$(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
+$(INSTALLED): $(SETTINGS) $(BUILD_INPUTS)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 	  -e '.[dev,eval,plot,bench]'
