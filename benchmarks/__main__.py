@@ -66,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in tables.differences(old, records):
             print(f"not alike: {line}")
         title = f"against {args.compare}"
-        tables.print_table(title, tables.COMPARED, tables.compared_rows(old, records))
+        rows = tables.compared_rows(old, records)
+        run = [row for row in rows if row[-1] != "not run"]
+        tables.print_table(title, tables.COMPARED, run)
+        if len(run) < len(rows):
+            print(f"{len(rows) - len(run)} rows of {args.compare} were not run this time")
     bad = [r for r in records if r.status in ("wrong", "failed")]
     for r in bad:
         print(

@@ -26,8 +26,9 @@ timed on CUDA as the replay of a captured graph, because launching them takes lo
 
 The sizes of a shape cut to 16 must work too: tests and dry runs take them.
 
-An end-to-end benchmark provides ``OP`` and ``run(options) -> Iterator[Record]`` instead, and makes
-its records with ``Record.of``. What does not fit a column goes into ``Record.figures``.
+An end-to-end benchmark provides ``OP`` and ``run(options) -> Iterator[Record]`` instead, makes its
+records with ``Record.of``, and runs only when ``--op`` names it. What does not fit a column goes
+into ``Record.figures``.
 
 How a row is timed. Its output is checked; a wrong one gets no time. All rows of a shape and mode
 are called once per round, so that drift and other load fall on all of them alike. On CUDA the L2
@@ -246,6 +247,8 @@ def run(options: Options) -> Iterator[Record]:
             if options.ops and bench.OP not in options.ops and op not in options.ops:
                 continue
             if hasattr(bench, "run"):
+                if not options.ops:
+                    continue  # takes minutes: only when it is named
                 groups: Iterator[Iterator[Record]] = iter([_end_to_end(bench, options)])
             else:
                 groups = (
