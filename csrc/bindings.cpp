@@ -24,6 +24,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_sums_cpu", &hydra::cpu::linear_logprob_sums, release_gil());
   m.def("linear_logprob_finish_cpu", &hydra::cpu::linear_logprob_finish, release_gil());
   m.def("linear_logprob_grads_cpu", &hydra::cpu::linear_logprob_grads, release_gil());
+  m.def("lora_linear_shrink_cpu", &hydra::cpu::lora_linear_shrink, release_gil());
+  m.def("lora_linear_expand_cpu", &hydra::cpu::lora_linear_expand, release_gil());
+  m.def("lora_linear_outer_cpu", &hydra::cpu::lora_linear_outer, release_gil());
 
 #ifdef HYDRA_WITH_CUDA
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,7 +216,7 @@ class FusedLinear(lora.Linear):
         dropout = self._fast_dropout(x, names)
         if not names or dropout is None or (dropout > 0.0 and len(names) > 1):
             return super().forward(x)
-        return self._fast_forward(x, names, tuple(range(len(names))), None, dropout)
+        return self._fast_forward(x, names, range(len(names)), None, dropout, len(names))
 
     def _refuse_unknown_ids(self) -> None:
         if _backward_pass() != _NO_BACKWARD:
@@ -289,9 +289,10 @@ class FusedLinear(lora.Linear):
         self,
         x: Tensor,
         names: list[str],
-        owners: tuple[int, ...],
+        owners: Sequence[int],
         ids: Tensor | None,
         dropout: float,
+        num_adapters: int,
     ) -> Tensor:
         base = self._modules["base_layer"]
         weight = base._parameters["weight"]
@@ -306,6 +307,7 @@ class FusedLinear(lora.Linear):
             owners,
             ids,
             dropout,
+            num_adapters=num_adapters,
         )
 
     def _gated_forward(
@@ -322,11 +324,13 @@ class FusedLinear(lora.Linear):
             ids = self._spread(ids, x)
         dropout = None if args or kwargs else self._fast_dropout(x, names)
         if dropout is not None:
-            owners = tuple(index[name] for name in names)
             if not names:
                 return self.base_layer(x)
+            owners = [index[name] for name in names]
             everywhere = not torch.compiler.is_compiling() and index is self._current.only
-            return self._fast_forward(x, names, owners, None if everywhere else ids, dropout)
+            return self._fast_forward(
+                x, names, owners, None if everywhere else ids, dropout, len(self._current.index)
+            )
         return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
 
     def _spread(self, ids: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace hydra::cpu {
 
@@ -51,5 +52,20 @@ void linear_logprob_grads(
     std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
     std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t norms,
     std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride);
+
+// False, and s untouched, where every row is off.
+bool lora_linear_shrink(
+    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_cols,
+    std::int64_t ldx, const std::vector<std::int64_t>& factors, const std::vector<double>& scales,
+    bool factors_are_bf16, std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters,
+    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t s);
+void lora_linear_expand(
+    std::uintptr_t s, std::int64_t num_rows, std::int64_t num_cols,
+    const std::vector<std::int64_t>& factors, bool factors_are_bf16, std::uintptr_t bias,
+    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t y, bool y_is_bf16);
+void lora_linear_outer(
+    std::uintptr_t s, std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows,
+    std::int64_t num_cols, std::int64_t ldx, const std::vector<std::int64_t>& grads, double dropout,
+    std::int64_t seed, std::int64_t offset);
 
 }  // namespace hydra::cpu

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
+from hydra_kernels.backends.lora_plan import Plan, saves_s
 from hydra_kernels.backends.reference import lora_linear as reference
 
 _OP = "lora_linear"
+_GROUP = "lora_linear_group"
 
 Scaling = float | Tensor | Sequence[float | Tensor]
 
@@ -30,14 +33,14 @@ def lora_linear(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A linear layer plus, on each row, the LoRA adapter which that row names.
+    r"""A linear layer plus, on each row, the LoRA adapter which that row names.
 
     ``y = x W^T + bias + scaling[i] * (dropout(x) A_i^T) B_i^T`` with ``i`` the row's adapter id:
     Hu et al. 2021, arXiv:2106.09685, eq. 3. With W = [[1, 0], [0, 1]], A = [[1, 2]], B = [[3], [4]]
     and scaling 0.5 the row (1, 1) gives (5.5, 7), and (1, 1) where its id is -1.
 
     Args:
-        x: (\\*, K). Differentiable, as are the adapters, and weight and bias when they ask for it.
+        x: (\*, K). Differentiable, as are the adapters, and weight and bias when they ask for it.
         weight: (N, K), in x's dtype.
         lora_a: (R, K), or one (R_i, K) for each adapter; may be float32 over a bfloat16 base.
         lora_b: (N, R), or one (N, R_i) for each adapter, in the dtype of its ``lora_a``.
@@ -56,7 +59,7 @@ def lora_linear(
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
 
     Returns:
-        (\\*, N) in x's dtype. With every row off it is ``F.linear(x, weight, bias)``: bit for bit
+        (\*, N) in x's dtype. With every row off it is ``F.linear(x, weight, bias)``: bit for bit
         on a CPU, to the dtype's rounding on a GPU.
 
     Raises:
@@ -64,22 +67,94 @@ def lora_linear(
             an id is outside -1 to n - 1.
         NotImplementedError: ``backend`` was named and cannot run these tensors.
     """
-    many = not isinstance(lora_a, Tensor)
-    if many != (not isinstance(lora_b, Tensor)):
-        raise ValueError(f"{_OP}: lora_a and lora_b must both be tensors or both sequences")
-    a: tuple[Tensor, ...] = tuple(lora_a)
-    b: tuple[Tensor, ...] = tuple(lora_b)
-    if not many:
-        a, b = (lora_a,), (lora_b,)  # type: ignore[assignment]
+    a, b = _pairs(lora_a, lora_b)
     scales = _scales(scaling, len(a))
-    _check(x, weight, bias, a, b, adapter_ids, dropout)
-    owners = tuple(range(len(a)))
+    _check(x, weight, bias, a, b, dropout)
+    _check_ids(x, adapter_ids)
+    owners = range(len(a))
     if adapter_ids is None:
         a, b, scales, owners = a[:1], b[:1], scales[:1], owners[:1]
-    else:
-        check_ids(adapter_ids, len(a))
     return gated_linear(
-        x, weight, bias, a, b, scales, owners, adapter_ids, dropout, seed, backend=backend
+        x,
+        weight,
+        bias,
+        a,
+        b,
+        scales,
+        owners,
+        adapter_ids,
+        dropout,
+        seed,
+        num_adapters=len(owners),
+        backend=backend,
+    )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of several LoRA linear layers that read the same input; fields as in lora_linear."""
+
+    weight: Tensor
+    lora_a: Tensor | Sequence[Tensor]
+    lora_b: Tensor | Sequence[Tensor]
+    scaling: Scaling
+    bias: Tensor | None = None
+
+
+def lora_linear_group(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    adapter_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    r""":func:`lora_linear` of one x through several layers: queries, keys and values, say.
+
+    x is read once for all the products with a lora_a and once for all their gradients, and the
+    gradient of x is summed in one buffer.
+
+    Args:
+        x: (\*, K).
+        projections: At least one; each with as many adapters as the others.
+        adapter_ids, seed, backend: As in :func:`lora_linear`.
+        dropout: As in :func:`lora_linear`; all projections see the same mask.
+
+    Returns:
+        (\*, N_p) for each projection.
+
+    Raises:
+        ValueError, NotImplementedError: As :func:`lora_linear` does.
+    """
+    if not projections:
+        raise ValueError(f"{_GROUP}: needs at least one projection")
+    pairs = [_pairs(p.lora_a, p.lora_b) for p in projections]
+    scales = [_scales(p.scaling, len(a)) for p, (a, _) in zip(projections, pairs, strict=True)]
+    for p, (a, b) in zip(projections, pairs, strict=True):
+        _check(x, p.weight, p.bias, a, b, dropout)
+    count = len(pairs[0][0])
+    if any(len(a) != count for a, _ in pairs):
+        raise ValueError(
+            f"{_GROUP}: the projections must have as many adapters as each other, "
+            f"got {', '.join(str(len(a)) for a, _ in pairs)}"
+        )
+    _check_ids(x, adapter_ids)
+    if adapter_ids is None:
+        count = 1
+    return gated_linear_group(
+        x,
+        [p.weight for p in projections],
+        [p.bias for p in projections],
+        [a[:count] for a, _ in pairs],
+        [b[:count] for _, b in pairs],
+        [each[:count] for each in scales],
+        [range(count)] * len(projections),
+        adapter_ids,
+        dropout,
+        seed,
+        num_adapters=count,
+        backend=backend,
     )
 
 
@@ -95,18 +170,319 @@ def gated_linear(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     *,
+    num_adapters: int,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`lora_linear` on arguments that fit, with the id that switches each adapter on.
 
     Adapter j runs on the rows whose id is ``owners[j]``, or on all of them where ``adapter_ids`` is
-    None. For modules, which know their shapes and hold only some of a model's adapters.
+    None; ids are below ``num_adapters``. For modules, which know their shapes and hold only some of
+    a model's adapters.
     """
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
-    registry.select(_OP, backend, x, weight, bias, *lora_a, *lora_b, adapter_ids)
-    return reference.lora_linear(
-        x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, drawn
+    chosen = registry.select(_OP, backend, x, adapter_ids, weight, bias, *lora_a, *lora_b)
+    if adapter_ids is not None and chosen != "cpu":  # whose kernel looks at them anyway
+        check_ids(adapter_ids, num_adapters)
+    if chosen == registry.REFERENCE:
+        return reference.lora_linear(
+            x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, drawn
+        )
+    lora_b, scales = _constant_scales(lora_b, scaling)
+    plan = Plan((len(lora_a),), tuple(owners), scales, num_adapters, dropout)
+    return _run(chosen, plan, x, adapter_ids, drawn, (weight, bias, *lora_a, *lora_b))[0]
+
+
+def gated_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Sequence[Tensor]],
+    lora_b: Sequence[Sequence[Tensor]],
+    scaling: Sequence[Sequence[float | Tensor]],
+    owners: Sequence[Sequence[int]],
+    adapter_ids: Tensor | None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    num_adapters: int,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`gated_linear` of one x through several layers."""
+    drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
+    a = [t for each in lora_a for t in each]
+    b: Sequence[Tensor] = [t for each in lora_b for t in each]
+    chosen = registry.select(_GROUP, backend, x, adapter_ids, *weights, *biases, *a, *b)
+    if adapter_ids is not None and chosen != "cpu":
+        check_ids(adapter_ids, num_adapters)
+    if chosen == registry.REFERENCE:
+        return tuple(
+            reference.lora_linear(x, w, bias, a_p, b_p, s_p, o_p, adapter_ids, dropout, drawn)
+            for w, bias, a_p, b_p, s_p, o_p in zip(
+                weights, biases, lora_a, lora_b, scaling, owners, strict=True
+            )
+        )
+    b, scales = _constant_scales(b, [s for each in scaling for s in each])
+    plan = Plan(
+        tuple(len(each) for each in lora_a),
+        tuple(o for each in owners for o in each),
+        scales,
+        num_adapters,
+        dropout,
     )
+    return _run(chosen, plan, x, adapter_ids, drawn, (*weights, *biases, *a, *b))
+
+
+def _constant_scales(
+    lora_b: Sequence[Tensor], scaling: Sequence[float | Tensor]
+) -> tuple[Sequence[Tensor], tuple[float, ...]]:
+    """The scales as numbers; one that is a tensor, read on its device, goes into its lora_b."""
+    if not any(isinstance(scale, Tensor) for scale in scaling):
+        return lora_b, tuple(scaling)
+    b = [
+        t * scale.detach().to(t.device, t.dtype) if isinstance(scale, Tensor) else t
+        for t, scale in zip(lora_b, scaling, strict=True)
+    ]
+    return b, tuple(1.0 if isinstance(scale, Tensor) else scale for scale in scaling)
+
+
+def _run(
+    chosen: str,
+    plan: Plan,
+    x: Tensor,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    tensors: tuple[Tensor | None, ...],  # weights, biases, lora_a, lora_b
+) -> tuple[Tensor, ...]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # As F.linear: all of it in autocast's dtype.
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
+    if torch.compiler.is_compiling():
+        p, n = len(plan.counts), len(plan.owners)
+        ys, _ = torch.ops.hydra.lora_linear_fwd(
+            x,
+            list(tensors[:p]),
+            [t for t in tensors[p : 2 * p] if t is not None],
+            list(tensors[2 * p : 2 * p + n]),
+            list(tensors[2 * p + n :]),
+            [t is not None for t in tensors[p : 2 * p]],
+            *(list(field) for field in plan[:3]),
+            plan.num_adapters,
+            plan.dropout,
+            adapter_ids,
+            seed,
+            chosen,
+        )
+        return tuple(ys)
+    if torch.is_grad_enabled():
+        return _LoraLinear.apply(chosen, plan, adapter_ids, seed, x, *tensors)
+    return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
+
+
+def _unpack(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
+    """The weights, biases, lora_a and lora_b."""
+    p, n = len(plan.counts), len(plan.owners)
+    return (
+        tensors[:p],
+        tensors[p : 2 * p],
+        tensors[2 * p : 2 * p + n],
+        tensors[2 * p + n :],
+    )
+
+
+def _forward(
+    chosen: str,
+    plan: Plan,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    leading = x.shape[:-1]
+    rows = x if x.dim() == 2 else x.reshape(leading.numel(), x.shape[-1])
+    ys, s = registry.kernel(_OP, chosen).fwd(rows, *_unpack(plan, tensors), plan, adapter_ids, seed)
+    return tuple(y.view(leading + y.shape[1:]) for y in ys), s
+
+
+def _backward(
+    chosen: str,
+    plan: Plan,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    x: Tensor,
+    s: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    need: Sequence[bool],  # of x and of the tensors
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = [dy if dy is None else dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys]
+    weights, _, a, b = _unpack(plan, tensors)
+    need_w, need_bias, need_a, need_b = _unpack(plan, need[1:])
+    dx, das, dbs = registry.kernel(_OP, chosen).bwd(
+        flat, rows, s, weights, a, b, plan, adapter_ids, seed, need[0], any(need_a), any(need_b)
+    )
+    dweights = [
+        torch.mm(dy.t(), rows) if wanted and dy is not None else None
+        for dy, wanted in zip(flat, need_w, strict=True)
+    ]
+    dbiases = [
+        dy.sum(0) if wanted and dy is not None else None
+        for dy, wanted in zip(flat, need_bias, strict=True)
+    ]
+    return (None if dx is None else dx.view(x.shape)), [*dweights, *dbiases, *das, *dbs]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen, plan, adapter_ids, seed, x, *tensors):
+        ys, s = _forward(chosen, plan, adapter_ids, seed, x, tensors)
+        ctx.set_materialize_grads(False)
+        p = len(plan.counts)
+        ctx.save_for_backward(x, s, adapter_ids, seed, *tensors[:p], *tensors[2 * p :])
+        ctx.plan, ctx.chosen = plan, chosen
+        return ys
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, s, adapter_ids, seed, *rest = ctx.saved_tensors
+        need = ctx.needs_input_grad[4:]
+        p = len(ctx.plan.counts)
+        tensors = [*rest[:p], *[None] * p, *rest[p:]]
+        if all(dy is None for dy in dys):
+            return (None,) * (5 + len(tensors))
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                dx, grads = _backward(
+                    ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need
+                )
+        else:
+            dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
+        return (None, None, None, None, dx, *grads)
+
+
+# ---- under torch.compile: registered ops over the same kernels
+
+
+@torch.library.custom_op("hydra::lora_linear_fwd", mutates_args=())
+def _fwd_op(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    counts: Sequence[int],
+    owners: Sequence[int],
+    scales: Sequence[float],
+    num_adapters: int,
+    dropout: float,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    chosen: str,
+) -> tuple[list[Tensor], Tensor]:
+    plan = Plan(tuple(counts), tuple(owners), tuple(scales), num_adapters, dropout)
+    given = iter(biases)  # autograd takes no list with a None in it
+    tensors = (*weights, *(next(given) if has else None for has in has_bias), *lora_a, *lora_b)
+    ys, s = _forward(chosen, plan, adapter_ids, seed, x, tensors)
+    # A registered op returns tensors only: an empty one stands for None.
+    return list(ys), x.new_empty(0) if s is None else s
+
+
+@_fwd_op.register_fake
+def _(x, weights, biases, lora_a, lora_b, has_bias, *plan_ids_seed_and_chosen):
+    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
+    if not saves_s(plan_ids_seed_and_chosen[-1], x.dtype):
+        return ys, x.new_empty(0)
+    return ys, x.new_empty((x.shape[:-1].numel(), sum(a.shape[0] for a in lora_a)))
+
+
+@torch.library.custom_op("hydra::lora_linear_bwd", mutates_args=())
+def _bwd_op(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    counts: Sequence[int],
+    owners: Sequence[int],
+    scales: Sequence[float],
+    num_adapters: int,
+    dropout: float,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    chosen: str,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """dx and the gradients of the weights, biases and adapters, empty where not asked for."""
+    plan = Plan(tuple(counts), tuple(owners), tuple(scales), num_adapters, dropout)
+    tensors = (*weights, *[None] * len(weights), *lora_a, *lora_b)
+    saved = s if s.numel() else None
+    dx, grads = _backward(chosen, plan, adapter_ids, seed, x, saved, tensors, dys, need)
+    like = [x, *weights, *(w[:, 0] for w in weights), *lora_a, *lora_b]
+    return [
+        _own(g) if wanted else t.new_empty(0)
+        for g, t, wanted in zip((dx, *grads), like, need, strict=True)
+    ]
+
+
+def _own(t: Tensor) -> Tensor:
+    """``t`` in storage of its own, which a registered op must return; gradients share theirs."""
+    if t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size():
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+@_bwd_op.register_fake
+def _(dys, x, s, weights, lora_a, lora_b, counts, owners, scales, n, dropout, ids, seed, chosen,
+      need):  # fmt: skip
+    like = [x, *weights, *(w[:, 0] for w in weights), *lora_a, *lora_b]
+    return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip(like, need, strict=True)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weights, biases, a, b, has_bias, *plan, adapter_ids, seed, chosen = inputs
+    ctx.save_for_backward(x, output[1], adapter_ids, seed, *weights, *a, *b)
+    ctx.plan, ctx.chosen = plan, chosen
+    given = iter(biases)
+    ctx.need_bias = [has and next(given).requires_grad for has in has_bias]
+    ctx.has_bias = has_bias
+
+
+def _compiled_backward(ctx, dys, _s):
+    x, s, adapter_ids, seed, *rest = ctx.saved_tensors
+    p, n = len(ctx.plan[0]), len(ctx.plan[1])
+    weights, a, b = rest[:p], rest[p : p + n], rest[p + n :]
+    need = [
+        x.requires_grad,
+        *(w.requires_grad for w in weights),
+        *ctx.need_bias,
+        *(t.requires_grad for t in (*a, *b)),
+    ]
+    grads = torch.ops.hydra.lora_linear_bwd(
+        list(dys), x, s, weights, a, b, *ctx.plan, adapter_ids, seed, ctx.chosen, need
+    )
+    dx, *rest = [g if wanted else None for g, wanted in zip(grads, need, strict=True)]
+    dbiases = [g for g, has in zip(rest[p : 2 * p], ctx.has_bias, strict=True) if has]
+    das, dbs = rest[2 * p : 2 * p + n], rest[2 * p + n :]
+    return dx, rest[:p], dbiases, das, dbs, *(None,) * 9
+
+
+_fwd_op.register_autograd(_compiled_backward, setup_context=_setup_context)
+
+
+def _pairs(
+    lora_a: Tensor | Sequence[Tensor], lora_b: Tensor | Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
+        return (lora_a,), (lora_b,)
+    if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
+        raise ValueError(f"{_OP}: lora_a and lora_b must both be tensors or both sequences")
+    return tuple(lora_a), tuple(lora_b)
 
 
 def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
@@ -128,7 +504,6 @@ def _check(
     bias: Tensor | None,
     a: tuple[Tensor, ...],
     b: tuple[Tensor, ...],
-    adapter_ids: Tensor | None,
     dropout: float,
 ) -> None:
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -161,6 +536,9 @@ def _check(
             raise ValueError(f"{_OP}: lora_a is {each_a.dtype} and its lora_b {each_b.dtype}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{_OP}: dropout must be in [0, 1], got {dropout}")
+
+
+def _check_ids(x: Tensor, adapter_ids: Tensor | None) -> None:
     if adapter_ids is not None:
         if adapter_ids.dtype not in _INTEGERS:
             raise ValueError(f"{_OP}: adapter_ids must be integers, got {adapter_ids.dtype}")

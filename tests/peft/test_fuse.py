@@ -311,7 +311,8 @@ def test_float32_adapters_over_a_bfloat16_base(autocast):
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0.1, atol=0.3)
+        difference = gradient - expected_gradients[name]
+        assert difference.norm() < 0.1 * expected_gradients[name].norm()
 
 
 def test_every_layer_of_a_tied_transposed_or_strided_weight():

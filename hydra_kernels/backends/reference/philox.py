@@ -1,10 +1,10 @@
 """Philox4x32-10 in plain PyTorch: which elements a dropout keeps, as every backend draws them.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is the
-64-bit seed. The counter of the four words that belong to columns ``4 j .. 4 j + 3`` of row ``m`` of
-an ``(M, K)`` matrix is ``(group, offset)``, each 64 bits wide and low word first, with
-``group = m * ceil(K / 4) + j``. An element is kept where its word, read as an unsigned integer, is
-at least ``round(p * 2**32)``.
+64-bit seed. The counter of columns ``8 j .. 8 j + 7`` of row ``m`` of an ``(M, K)`` matrix is
+``(group, offset)``, each 64 bits wide and low word first, with ``group = m * ceil(K / 8) + j``. Its
+four words, low halves first, are the eight columns' draws. An element is kept where its draw, an
+unsigned 16-bit integer, is at least ``round(p * 2**16)``, so probabilities go in steps of 2**-16.
 """
 
 import torch
@@ -37,13 +37,14 @@ def words(group: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Words below this are dropped."""
-    return min(round(p * 2**32), 2**32)
+    """Draws below this are dropped."""
+    return round(p * 2**16)
 
 
 def keep(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
     """(rows, columns) bool, True where kept. ``seed`` (2,) int64 holds the seed and the offset."""
-    groups = -(-columns // 4)
+    groups = -(-columns // 8)
     group = torch.arange(rows * groups, device=seed.device).view(rows, groups)
-    drawn = words(group, seed[0], seed[1]).view(rows, 4 * groups)[:, :columns]
-    return drawn >= threshold(p)
+    drawn = words(group, seed[0], seed[1])
+    halves = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1)
+    return halves.view(rows, 8 * groups)[:, :columns] >= threshold(p)

@@ -1,0 +1,58 @@
+"""What the backends of lora_linear are told besides tensors: one description of a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Which adapters belong to which projection, and when they run.
+
+    Adapters are listed projection after projection. Adapter j runs on the rows whose id is
+    ``owners[j]``, or on every row of a call without ids, times ``scales[j]``.
+    """
+
+    counts: tuple[int, ...]  # adapters of each projection
+    owners: tuple[int, ...]
+    scales: tuple[float, ...]
+    num_adapters: int  # ids are below this
+    dropout: float
+
+    def of_projection(self, tensors: Sequence[Tensor], projection: int) -> Sequence[Tensor]:
+        start = sum(self.counts[:projection])
+        return tensors[start : start + self.counts[projection]]
+
+
+@functools.lru_cache(maxsize=4096)
+def columns(
+    plan: Plan, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(sum R,) each: the owner and the scale of every column of s."""
+    owners = [o for o, rank in zip(plan.owners, ranks, strict=True) for _ in range(rank)]
+    scales = [s for s, rank in zip(plan.scales, ranks, strict=True) for _ in range(rank)]
+    return (
+        torch.tensor(owners, dtype=torch.int64, device=device),
+        torch.tensor(scales, dtype=dtype, device=device),
+    )
+
+
+def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
+
+
+def split_columns(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+    return tensor.split(list(ranks), 1) if len(ranks) > 1 else (tensor,)
+
+
+def saves_s(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a forward in ``dtype`` keeps s for backward, in that dtype, or has it made again.
+
+    Kept where it is small beside x: on a GPU, where reading x again is most of the product's time,
+    and in half precision.
+    """
+    return backend in ("cuda", "triton") and dtype in (torch.float16, torch.bfloat16)
