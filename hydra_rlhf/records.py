@@ -136,6 +136,7 @@ class Tracker:
         self._events: Any = None
         self._others: list[Any] = []
         self._global_step = 0
+        self._rewind: set[str] | None = set() if resume else None
         if self.run_dir is None or not is_main:
             self.run_dir = None
             return
@@ -148,7 +149,8 @@ class Tracker:
         else:
             self._global_step = len(read_metrics(self.run_dir))
         self._metrics = open(self.run_dir / METRICS, "a", buffering=1, encoding="utf-8")
-        self._events = _tensorboard_writer(self.run_dir / "tensorboard")
+        if not resume:
+            self._events = _tensorboard_writer(self.run_dir / "tensorboard")
         if log_with:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -163,6 +165,9 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Record the figures of one step of ``stage``; tensors of one element are read here."""
         figures = {name: _number(value) for name, value in values.items()}
+        if self._rewind is not None and stage not in self._rewind and self.run_dir is not None:
+            self._rewind.add(stage)
+            self._forget(stage, step)
         self._global_step += 1
         if self._metrics is not None:
             seconds = round(time.perf_counter() - self.started, 3)
@@ -174,6 +179,22 @@ class Tracker:
                     self._events.add_scalar(f"{stage}/{name}", value, step)
         for tracker in self._others:
             tracker.log({f"{stage}/{k}": v for k, v in figures.items()}, step=self._global_step)
+
+    def _forget(self, stage: str, step: int) -> None:
+        """Drops what a run that goes on will say again: the stage's steps from ``step`` on."""
+        assert self.run_dir is not None and self._metrics is not None
+        self._metrics.close()
+        file = self.run_dir / METRICS
+        kept = [
+            line
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if not _is_from(line, stage, step)
+        ]
+        _write_text(file, "".join(f"{line}\n" for line in kept))
+        self._global_step = len(kept)
+        self._metrics = open(file, "a", buffering=1, encoding="utf-8")
+        if self._events is None:
+            self._events = _tensorboard_writer(self.run_dir / "tensorboard", purge_step=step)
 
     @contextlib.contextmanager
     def progress(self, stage: str, total: int) -> Iterator[ProgressBar]:
@@ -405,13 +426,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _tensorboard_writer(path: Path) -> Any:
+def _is_from(line: str, stage: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is of ``stage`` at ``step`` or later, or was cut short."""
+    try:
+        record = json.loads(line)
+        return record["stage"] == stage and record["step"] >= step
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def _tensorboard_writer(path: Path, purge_step: int | None = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _log.warning("no TensorBoard events: pip install 'hydra-rlhf[plot]' brings tensorboard")
         return None
-    return SummaryWriter(str(path))
+    return SummaryWriter(str(path), purge_step=purge_step)
 
 
 def _write_text(path: Path, text: str) -> None:

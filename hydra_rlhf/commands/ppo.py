@@ -35,12 +35,23 @@ class PPOInput:
     eval_prompts: str | None = setting(None, "held-out prompts, for --eval-steps")
 
 
-ARGUMENTS = (PPOInput, PPOConfig, OutputConfig)
+@dataclass
+class PPOOutput(OutputConfig):
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint of the run that is in output_dir"
+    )
 
 
-def run(given: PPOInput, config: PPOConfig, output: OutputConfig) -> ppo.PPOResult:
-    """Trains, and writes adapters and heads into ``output_dir``."""
-    output.check()
+ARGUMENTS = (PPOInput, PPOConfig, PPOOutput)
+
+
+def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
+    """Trains, and writes adapters and heads into ``output_dir``.
+
+    Raises:
+        SystemExit: with 128 + its number, when a signal ended the run after it was saved.
+    """
+    output.check(resume=output.resume)
     config.validate()
     if not config.sft_model_path:
         raise UserError("ppo: --sft-model-path is required")
@@ -53,13 +64,14 @@ def run(given: PPOInput, config: PPOConfig, output: OutputConfig) -> ppo.PPOResu
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
     models, reward_fn = models_of(config, device=accelerator.device)
     check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
-    run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite)
+    run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite, resume=output.resume)
     settings = {"input": given, "ppo": config, "output": output}
     with Tracker(
         run_dir,
         settings,
         command=command_line(),
         log_with=output.trackers,
+        resume=output.resume,
         is_main=accelerator.is_main_process,
     ) as tracker:
         result = train(
@@ -70,7 +82,12 @@ def run(given: PPOInput, config: PPOConfig, output: OutputConfig) -> ppo.PPOResu
             tracker,
             reward_fn=reward_fn,
             eval_prompts=held_out,
+            run_dir=run_dir,
+            resume=output.resume,
         )
+        if result.stopped_by is not None:
+            tracker.say(f"{result.stopped_by.name}: saved; the same command with --resume goes on")
+            raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
             models.save(run_dir, base_model=config.sft_model_path)
             tracker.plot()
