@@ -1,0 +1,168 @@
+"""Launch choices by GPU architecture: a table in the package, a generic default, tuning on request.
+
+A kernel with choices asks for them at each launch:
+
+    config = tuning.choose("gae_fwd", rewards, {"B": B, "T": T}, CANDIDATES, launch)
+
+``CANDIDATES[0]`` is the generic default and runs wherever nothing better is known. ``tuning.json``
+holds what was measured to be better, a row a kernel, architecture and range of sizes:
+
+    {"kernel": "gae_fwd", "arch": "90", "when": {"T": [1, 512]}, "config": {"BLOCK_T": 128}}
+
+The first row that fits wins. Nothing is ever timed at a user's call unless ``HYDRA_AUTOTUNE=1``:
+then the first call of each size (to the next power of two) on a GPU times every candidate, and the
+process keeps the fastest. With ``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a
+file that is there is read before the package's: it has the same form, so that rows worth keeping
+are copied over as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Config = Mapping[str, int]
+
+_TABLE = Path(__file__).with_suffix(".json")
+_log = logging.getLogger("hydra_kernels")
+_found: dict[tuple[str, str, tuple[tuple[str, int], ...]], Config] = {}
+
+
+def choose(
+    kernel: str,
+    tensor: Tensor,
+    sizes: Mapping[str, int],
+    candidates: Sequence[Config],
+    launch: Callable[[Config], object] | None = None,
+) -> Config:
+    """The launch choice of ``kernel`` for these sizes on the tensor's device.
+
+    Args:
+        kernel: The name the table has it by.
+        tensor: Any tensor of the call, for its device.
+        sizes: What the choice depends on.
+        candidates: Every choice that is right, the generic default first.
+        launch: Launches the kernel with a choice, as often as it is called and without a lasting
+            effect; None where that cannot be, and then it is never tuned.
+    """
+    if tensor.device.type != "cuda":
+        return candidates[0]
+    arch = _arch(tensor.device)
+    if launch is not None and len(candidates) > 1 and os.environ.get("HYDRA_AUTOTUNE") == "1":
+        key = (kernel, arch, tuple((name, _bucket(n)) for name, n in sizes.items()))
+        if key not in _found and not torch.cuda.is_current_stream_capturing():
+            _found[key] = fastest(kernel, candidates, launch, _cuda_ms)
+            _keep(key)
+        if key in _found:
+            return _found[key]
+    # Rows are few, but a launch takes microseconds: the search is remembered.
+    row = _lookup(kernel, arch, tuple(sizes.items()), os.environ.get("HYDRA_TUNING_FILE"))
+    return candidates[0] if row is None else row
+
+
+def fastest(
+    kernel: str,
+    candidates: Sequence[Config],
+    launch: Callable[[Config], object],
+    time_ms: Callable[[Callable[[], object]], float],
+) -> Config:
+    """Times every candidate; one that does not fit the device is passed over, and logged."""
+    times: list[tuple[float, int]] = []
+    failures = []
+    for i, config in enumerate(candidates):
+        try:
+            times.append((time_ms(functools.partial(launch, config)), i))
+        except Exception as error:  # too much shared memory, too many registers: Triton's own types
+            failures.append(f"{dict(config)}: {error}")
+            _log.info("%s: tuning passed over %s", kernel, failures[-1])
+    if not times:
+        raise RuntimeError(f"{kernel}: no candidate runs: {'; '.join(failures)}")
+    best, winner = min(times)
+    _log.info("%s: %s, %.4f ms (default %.4f)", kernel, candidates[winner], best, times[0][0])
+    return candidates[winner]
+
+
+def _cuda_ms(call: Callable[[], object]) -> float:
+    for _ in range(3):
+        call()
+    samples = []
+    for _ in range(11):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def _bucket(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}"
+
+
+@functools.cache
+def _rows(path: str | None) -> list[dict[str, Any]]:
+    """Of the user's file, then of the package's table.
+
+    Raises:
+        ValueError: a file is not a list of rows, each with its four keys.
+    """
+    rows: list[dict[str, Any]] = []
+    for file in [Path(path)] if path and Path(path).exists() else []:
+        rows += read(file)
+    return rows + read(_TABLE)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    rows = json.loads(file.read_text())
+    keys = {"kernel", "arch", "when", "config"}
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, dict) or set(row) != keys:
+            raise ValueError(f"{file}: not a row of kernel, arch, when and config: {row}")
+    return rows
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(
+    kernel: str, arch: str, sizes: tuple[tuple[str, int], ...], path: str | None
+) -> Config | None:
+    given = dict(sizes)
+    for row in _rows(path):
+        if row["kernel"] == kernel and row["arch"] == arch:
+            ranges = row["when"].items()
+            if all(low <= given[name] <= high for name, (low, high) in ranges):
+                return row["config"]
+    return None
+
+
+def _keep(key: tuple[str, str, tuple[tuple[str, int], ...]]) -> None:
+    path = os.environ.get("HYDRA_TUNING_FILE")
+    if not path:
+        return
+    kernel, arch, buckets = key
+    when = {name: [bucket // 2 + 1 if bucket > 1 else 0, bucket] for name, bucket in buckets}
+    row = {"kernel": kernel, "arch": arch, "when": when, "config": dict(_found[key])}
+    file = Path(path)
+    rows = read(file) if file.exists() else []
+    rows = [
+        old for old in rows if (old["kernel"], old["arch"], old["when"]) != (kernel, arch, when)
+    ]
+    # Replaced as a whole: a process that is killed leaves the old file or the new one.
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    partial.replace(file)

@@ -1,0 +1,133 @@
+"""Launch choices: the table, the default, and that nothing is timed unless it is asked for."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hydra_kernels.backends import tuning
+
+DEFAULT, WIDE, BROKEN = {"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 4096}
+CANDIDATES = (DEFAULT, BROKEN, WIDE)
+ON_GPU = SimpleNamespace(device=torch.device("cuda", 0))
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch, tmp_path):
+    """A GPU of architecture 90 as far as the table can see, and a table of the test's own."""
+    monkeypatch.setattr(tuning, "_arch", lambda device: "90")
+    monkeypatch.setattr(tuning, "_TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv("HYDRA_AUTOTUNE", raising=False)
+    monkeypatch.delenv("HYDRA_TUNING_FILE", raising=False)
+    (tmp_path / "table.json").write_text("[]")
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    tuning._rows.cache_clear()
+    tuning._lookup.cache_clear()
+
+
+def row(config=WIDE, kernel="toy", arch="90", **when):
+    return {"kernel": kernel, "arch": arch, "when": when, "config": config}
+
+
+def choose(launch=None, **sizes):
+    return tuning.choose("toy", ON_GPU, sizes or {"M": 100}, CANDIDATES, launch)
+
+
+def timed(monkeypatch, ms):
+    """Replaces the clock: milliseconds by block, an exception where there are none."""
+    ran = []
+
+    def launch(config):
+        ran.append(config["BLOCK"])
+        if config["BLOCK"] not in ms:
+            raise RuntimeError("out of resource: shared memory")
+        return ms[config["BLOCK"]]
+
+    monkeypatch.setattr(tuning, "_cuda_ms", lambda call: call())
+    return launch, ran
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], DEFAULT),
+        ([row()], WIDE),
+        ([row(arch="80")], DEFAULT),
+        ([row(kernel="other")], DEFAULT),
+        ([row(M=[1, 99])], DEFAULT),
+        ([row(M=[1, 100])], WIDE),
+        ([row(M=[100, 100], config=BROKEN), row()], BROKEN),  # the first that fits
+    ],
+)
+def test_the_table(rows, expected):
+    tuning._TABLE.write_text(json.dumps(rows))
+    assert choose() == expected
+
+
+def test_other_devices_take_the_default():
+    tuning._TABLE.write_text(json.dumps([row()]))
+    assert tuning.choose("toy", torch.zeros(1), {"M": 100}, CANDIDATES) == DEFAULT
+
+
+def test_nothing_is_timed_unless_asked(monkeypatch):
+    launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
+    assert choose(launch) == DEFAULT and ran == []
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    assert choose(launch) == WIDE and ran == [64, 4096, 128]
+    assert choose(launch, M=128) == WIDE  # the same power of two
+    assert len(ran) == 3
+    assert choose(launch, M=129) == WIDE and len(ran) == 6
+
+
+def test_nothing_is_timed_under_capture(monkeypatch):
+    launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(launch) == DEFAULT and ran == []
+
+
+def test_no_candidate_that_runs_is_an_error(monkeypatch):
+    launch, _ = timed(monkeypatch, {})
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    with pytest.raises(RuntimeError, match="toy: no candidate runs: .*shared memory"):
+        choose(launch)
+
+
+def test_what_is_found_is_kept_and_read_again(monkeypatch, tmp_path):
+    launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(file))
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    choose(launch)
+    assert tuning.read(file) == [row(M=[65, 128])]
+    monkeypatch.setattr(tuning, "_found", {})
+    choose(launch)
+    assert len(tuning.read(file)) == 1  # replaced, not repeated
+    # A later process, which does not tune.
+    monkeypatch.delenv("HYDRA_AUTOTUNE")
+    monkeypatch.setattr(tuning, "_found", {})
+    forget()
+    assert choose(launch, M=65) == WIDE and choose(launch, M=129) == DEFAULT
+    assert len(ran) == 6
+
+
+@pytest.mark.parametrize("text", ['{"toy": 1}', '[{"kernel": "toy"}]', "[3]"])
+def test_a_malformed_table_is_named(text):
+    tuning._TABLE.write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: not a row of kernel, arch"):
+        choose()
+
+
+def test_the_packages_table_is_well_formed():
+    shipped = tuning.read(tuning.Path(tuning.__file__).with_suffix(".json"))
+    for found in shipped:
+        assert found["arch"].isdigit() and all(isinstance(n, int) for n in found["config"].values())
+        assert all(low <= high for low, high in found["when"].values())
