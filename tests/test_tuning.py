@@ -131,3 +131,19 @@ def test_the_packages_table_is_well_formed():
     for found in shipped:
         assert found["arch"].isdigit() and all(isinstance(n, int) for n in found["config"].values())
         assert all(low <= high for low, high in found["when"].values())
+
+
+def test_every_choice_gives_the_same_answer(monkeypatch):
+    """3000 tokens: several blocks of each size, and a tail."""
+    pytest.importorskip("triton", reason="needs Triton, which exists for Linux on x86-64")
+    from hydra_kernels import ppo_loss
+    from hydra_kernels.backends.triton import ppo_loss as kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ("logprobs", "values", "old_logprobs", "old_values", "advantages", "returns")
+    inputs = {name: torch.randn(3, 1000, device=device) for name in names}
+    inputs["mask"] = torch.rand(3, 1000, device=device) < 0.7
+    expected = ppo_loss(**inputs, backend="reference")
+    for config in kernel.CONFIGS:
+        monkeypatch.setattr(kernel, "CONFIGS", (config,))
+        torch.testing.assert_close(ppo_loss(**inputs, backend="triton"), expected)

@@ -15,10 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends import launch, registry, tuning
 from hydra_kernels.backends.triton import runtime
 
-BLOCK = 1024
+# Generic default first; see hydra_kernels/backends/tuning.py.
+CONFIGS: tuple[dict[str, int], ...] = (
+    {"BLOCK": 1024, "num_warps": 4},
+    {"BLOCK": 512, "num_warps": 4},
+    {"BLOCK": 2048, "num_warps": 8},
+)
 NUM_SUMS = 9  # as PPOSum in csrc/include/hydra/ppo_loss.h, in its order
 LOG_RATIO_LIMIT = tl.constexpr(60.0)
 
@@ -160,41 +165,45 @@ def fwd(
     kl_coef: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
-    num_blocks = max(1, triton.cdiv(mask.numel(), BLOCK))  # one block writes the zeros of no tokens
     stats = mask.new_empty(10, dtype=torch.float32)
-    partial = mask.new_empty((num_blocks, 16), dtype=torch.float32)
     dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
     dvalues = None if values is None else torch.empty_like(values)
-    with launch.on_device(mask):
-        ppo_loss_fwd_kernel[(num_blocks,)](
-            logprobs,
-            values,
-            old_logprobs,
-            old_values,
-            advantages,
-            returns,
-            entropy,
-            kl,
-            mask.view(torch.uint8),
-            partial,
-            launch.ticket(mask.device),
-            stats,
-            dlogprobs,
-            dvalues,
-            mask.numel(),
-            cliprange,
-            cliprange_value,
-            vf_coef,
-            ent_coef,
-            kl_coef,
-            HAS_POLICY=logprobs is not None,
-            HAS_VALUE=values is not None,
-            HAS_ENTROPY=entropy is not None,
-            HAS_KL=kl is not None,
-            BLOCK=BLOCK,
-            BLOCK_PARTIAL=64,
-            num_warps=4,
-        )
+
+    def run(config: tuning.Config) -> None:
+        # One block where there are no tokens: it writes the zeros.
+        num_blocks = max(1, triton.cdiv(mask.numel(), config["BLOCK"]))
+        partial = mask.new_empty((num_blocks, 16), dtype=torch.float32)
+        with launch.on_device(mask):
+            ppo_loss_fwd_kernel[(num_blocks,)](
+                logprobs,
+                values,
+                old_logprobs,
+                old_values,
+                advantages,
+                returns,
+                entropy,
+                kl,
+                mask.view(torch.uint8),
+                partial,
+                launch.ticket(mask.device),
+                stats,
+                dlogprobs,
+                dvalues,
+                mask.numel(),
+                cliprange,
+                cliprange_value,
+                vf_coef,
+                ent_coef,
+                kl_coef,
+                HAS_POLICY=logprobs is not None,
+                HAS_VALUE=values is not None,
+                HAS_ENTROPY=entropy is not None,
+                HAS_KL=kl is not None,
+                BLOCK_PARTIAL=64,
+                **config,
+            )
+
+    run(tuning.choose("ppo_loss_fwd", mask, {"tokens": mask.numel()}, CONFIGS, run))
     return stats, dlogprobs, dvalues
 
 
@@ -207,15 +216,13 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
     signature |= dict.fromkeys(
         ["cliprange", "cliprange_value", "vf_coef", "ent_coef", "kl_coef"], "fp32"
     )
-    constexprs: dict[str, Any] = {
-        "HAS_POLICY": True,
-        "HAS_VALUE": True,
-        "HAS_ENTROPY": True,
-        "HAS_KL": True,
-    }
-    constexprs |= {"BLOCK": BLOCK, "BLOCK_PARTIAL": 64}
-    options = {"num_warps": 4, "expects": ("wide_loads",)}
-    yield ppo_loss_fwd_kernel, signature, constexprs, options
+    flags = ("HAS_POLICY", "HAS_VALUE", "HAS_ENTROPY", "HAS_KL")
+    constexprs: dict[str, Any] = dict.fromkeys(flags, True)
+    for config in CONFIGS:
+        options = {"num_warps": config["num_warps"], "expects": ("wide_loads",)}
+        options["label"] = f"BLOCK={config['BLOCK']}"
+        sizes = {"BLOCK": config["BLOCK"], "BLOCK_PARTIAL": 64}
+        yield ppo_loss_fwd_kernel, signature, constexprs | sizes, options
 
 
 registry.register(
