@@ -256,6 +256,10 @@ BAD_ROWS = {
     "messages are text": ({"chosen": ["x"], "rejected": ["y"]}, "message 1 is text"),
     "nothing shared": ({"chosen": [GOOD], "rejected": [BAD]}, "different messages"),
     "alike": ({"chosen": "x y", "rejected": "x y"}, "the same"),
+    "surrogate in a message": (
+        {"chosen": [{"role": "user", "content": "\ud800"}], "rejected": [USER]},
+        "'chosen': character 1 is half",
+    ),
     "surrogate": ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "surrogate pair"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "number, found 'x'"),
     "infinite margin": (
@@ -334,8 +338,9 @@ def test_overlong_examples(write):
     pairs = load_preferences(path, **fits, overlong="truncate")
     # The longer answer has room for 3 tokens at least (a quarter), the prompt for the other 9.
     assert pairs[1] == Preference("abcdefgh", "12", "1234")
-    with pytest.raises(UserError, match="line 1: the prompt has 8 tokens.*context of 5"):
-        load_preferences(path, tokenizer=letters, max_length=5)
+    for max_length in (5, 9):  # 9: room for the end, but not for a token before it
+        with pytest.raises(UserError, match=f"line 1: the prompt has 8 .*context of {max_length}"):
+            load_preferences(path, tokenizer=letters, max_length=max_length)
     cut = load_preferences(path, tokenizer=letters, max_length=5, overlong="truncate")
     assert cut == [Preference("fgh", "1", "1"), Preference("fgh", "1", "1")]
     with pytest.raises(UserError, match="no preferences in it"):

@@ -177,6 +177,7 @@ def test_failures_are_counted_and_too_many_are_an_error(serve):
         ((404, b'{"message": "no model m"}'), "HTTP 404: no model m"),
         ((400, b"?"), "HTTP 400: Bad Request"),
         ((307, b"", [("Location", "http://elsewhere.example/")]), "redirects to http://elsewhere"),
+        ((302, b"", [("Location", "http://elsewhere.example/")]), "redirects to http://elsewhere"),
     ],
 )
 def test_refusals_are_not_repeated(serve, trouble, message):
