@@ -85,7 +85,7 @@ def linear_logprob(
 
     rows = hidden.reshape(-1, hidden.shape[-1])
     ref_rows = None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape)
-    flat_targets = targets.reshape(-1).long()
+    flat_targets = targets.reshape(-1).long().contiguous()
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=torch.float32, device=hidden.device)
     temperature = temperature.detach().reshape(())
