@@ -5,8 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hydra_rlhf import judge
+from hydra_rlhf.cli import main
+from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.judge import ChatJudge
 
@@ -269,3 +273,53 @@ def test_on_pair_reports_progress(serve):
     done = []
     ChatJudge(serve(longer).url, "m").compare(PROMPTS, OURS, THEIRS, on_pair=done.append)
     assert done == [1, 2, 3, 4]
+
+
+def tiny_model(path, seed):
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(["The rain."], 260)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=1.0,  # sure of itself, so that two seeds say different things
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_evaluate_by_an_endpoint(serve, tmp_path, capsys):
+    server = serve(lambda a, b: f"Verdict: {'A' if a > b else 'B'}")
+    policies = [f"{name}={tiny_model(tmp_path / name, seed)}" for seed, name in enumerate("ab")]
+    prompts, cache = tmp_path / "prompts.jsonl", tmp_path / "cache.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Rain {i}?"}) + "\n" for i in range(6)))
+    command = ["evaluate", "--policies", *policies, "--prompts", str(prompts), "--device", "cpu"]
+    command += ["--response-length", "8", "--judge-url", server.url, "--judge-model", "m"]
+    command += ["--judge-cache", str(cache), "--judge-prices", "1", "2"]
+    reports = []
+    for folder in ("first", "again"):
+        assert main([*command, "--output", str(tmp_path / folder)]) == 0
+        reports.append(json.loads((tmp_path / folder / "evaluation.json").read_text()))
+        out = " ".join(capsys.readouterr().out.split())
+        assert "judge m: 12 questions" in out
+    assert reports[0]["judge"] == "m" and reports[0]["win_rates"] == reports[1]["win_rates"]
+    a, b = (answers["responses"] for answers in reports[0]["answers"])
+    expected = sum(x.strip() > y.strip() for x, y in zip(a, b, strict=True)) / 6
+    assert reports[0]["win_rates"][0][1][0] == pytest.approx(expected)
+    assert len(server.requests) == 12  # the second run asked nothing
+
+
+def test_evaluate_wants_both_url_and_model(capsys):
+    assert main(["evaluate", "--policies", "x", "--judge-url", "http://h"]) == 2
+    assert "judge_url and judge_model go together" in capsys.readouterr().err
+    command = ["evaluate", "--policies", "x", "--judge-prices", "1"]
+    assert main(command) == 2
+    assert "judge_prices must be two numbers, got 1" in capsys.readouterr().err
