@@ -13,6 +13,7 @@ go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -241,11 +242,17 @@ class RolloutEngine:
         if input_ids.shape[0] == 0:
             raise ValueError("no prompts")
         uniforms = _uniforms(seeds, len(input_ids), sampling.response_length, input_ids.device)
-        self._adapter.fill_(model.adapter_id(role))
-        ids = None if not model.adapters else self._adapter
-        adapters = hydra_kernels.peft.adapter_ids
-        with model.no_dropout(), adapters(model.base, ids) if ids is not None else _Nothing():
+        with model.no_dropout(), self._adapters(model.adapter_id(role)):
             return self._run(input_ids, attention_mask, sampling, uniforms, values)
+
+    def _adapters(self, adapter: int) -> contextlib.AbstractContextManager:
+        if not self.model.adapters:
+            return contextlib.nullcontext()
+        if not self.graph:
+            return hydra_kernels.peft.adapter_ids(self.model.base, adapter)
+        # A graph reads the id on the device, so that it serves every role.
+        self._adapter.fill_(adapter)
+        return hydra_kernels.peft.adapter_ids(self.model.base, self._adapter)
 
     def _run(
         self,
@@ -493,11 +500,6 @@ def _as_rollout(
         ended=out.ended,
         logprobs=out.logprobs[:, :width] if with_logprobs else None,
     )
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *exception: object) -> None: ...
 
 
 def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device) -> Tensor:
