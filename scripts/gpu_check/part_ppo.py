@@ -7,7 +7,9 @@ length of every method comes first; what the time does not reach is reported as 
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
@@ -92,6 +94,16 @@ def settings(method: str, shape: Shape, response_length: int) -> PPOConfig:
     )
 
 
+def planned_gib(sizes: dict[str, int], shape: Shape, method: str, dtype: str) -> float:
+    """The peak that ``plan`` predicts, from configurations alone. Runs in a process of its own."""
+    from hydra_rlhf import memory
+
+    config = transformers.LlamaConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    config.dtype = dtype
+    full = settings(method, shape, shape.sizes["T"])
+    return memory.plan(config, full, prompt_length=shape.sizes["P"]).peak / 2**30
+
+
 def one_step(config: PPOConfig, models: MethodModels, tokenizer, prompts: list[str]) -> dict:
     return ppo.train(config, models, tokenizer, prompts).metrics[-1]
 
@@ -129,31 +141,58 @@ def measure_method(
 
 
 def run(device: str, dry_run: bool, deadline: float) -> Iterator[Record]:
+    sizes = SMALL if dry_run else LLAMA_7B
     dtype = torch.float32 if dry_run else torch.bfloat16
     due = [(shape, method) for shape in (TINY if dry_run else SHAPES) for method in METHODS]
+    # Predictions need no GPU: they are made beside the measurements, not in their time.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as beside:
+        plans = {
+            (str(shape), method): beside.submit(planned_gib, sizes, shape, method, str(dtype)[6:])
+            for shape, method in due
+        }
+        base = make_base(sizes, device, dtype)
+        tokenizer = make_tokenizer(base.config.vocab_size)
+        took: dict[str, float] = {}
+        for shape, method in due:
+            started = time.monotonic()
+            # Twice the tokens take at most two and a half times as long.
+            if started + 2.5 * took.get(method, 0.0) > deadline:
+                status, why, figures = "not reached", "the part's time was over", {}
+                plans[str(shape), method].cancel()
+            else:
+                status, why, figures = attempt(method, base, tokenizer, shape, device)
+                took[method] = time.monotonic() - started
+                figures |= prediction(plans[str(shape), method], deadline)
+            repeats = int(status == "ok")
+            yield Record.of(
+                OP, method, "hydra_rlhf", shape, dtype, device,
+                status=status, why=why, figures=figures, repeats=repeats, timing="wall",
+            )  # fmt: skip
+        beside.shutdown(wait=False, cancel_futures=True)
 
-    def record(shape: Shape, method: str, **rest) -> Record:
-        return Record.of(OP, method, "hydra_rlhf", shape, dtype, device, **rest)
 
-    base = make_base(SMALL if dry_run else LLAMA_7B, device, dtype)
-    tokenizer = make_tokenizer(base.config.vocab_size)
-    took: dict[str, float] = {}
-    for shape, method in due:
-        # Twice the tokens took at most two and a half times as long.
-        if time.monotonic() + 2.5 * took.get(method, 0.0) > deadline:
-            yield record(shape, method, status="not reached", why="the part's time was over")
-            continue
-        started = time.monotonic()
-        try:
-            figures = measure_method(method, base, tokenizer, shape, device)
-        except Exception as error:
-            yield record(shape, method, status="failed", why=measure.reason(error))
-        else:
-            yield record(shape, method, figures=figures, repeats=1, timing="wall")
-        took[method] = time.monotonic() - started
+def attempt(
+    method: str, base: HydraModel, tokenizer, shape: Shape, device: str
+) -> tuple[str, str, dict[str, float]]:
+    try:
+        return "ok", "", measure_method(method, base, tokenizer, shape, device)
+    except Exception as error:
+        return "failed", measure.reason(error), {}
+    finally:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def prediction(plan: concurrent.futures.Future, deadline: float) -> dict[str, float]:
+    try:
+        return {"planned_gib": plan.result(max(1.0, deadline - time.monotonic()))}
+    except concurrent.futures.TimeoutError:
+        print("plan: not done in time")
+    except Exception as error:
+        print(f"plan: {measure.reason(error)}")
+    return {}
 
 
 def main(out: Path, limit: float, dry_run: bool) -> int:

@@ -175,7 +175,8 @@ def write(summary: dict[str, Any], out: Path) -> None:
 
 def text(summary: dict[str, Any]) -> str:
     """The short tables that end the output."""
-    lines = [f"\n{summary['device']}, commit {summary['commit']}, {summary['seconds']:.0f} s"]
+    where = summary["device"] or "no benchmark records"
+    lines = [f"\n{where}, commit {summary['commit']}, {summary['seconds']:.0f} s"]
     for part in summary["parts"]:
         lines.append(f"  {part['name']:<10} {part['status']:<12} {part['seconds']:6.0f} s")
     if tests := summary["tests"]:
