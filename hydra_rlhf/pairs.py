@@ -34,13 +34,15 @@ class EncodedPair:
 class PairBatch(NamedTuple):
     """Rows 0 to B-1 are the chosen responses and rows B to 2B-1 the rejected, in the same order.
 
-    Where the objective has no use for the rejected (``sft``) their rows are absent.
+    Where the objective has no use for the rejected (``sft``) their rows are absent. The predicted
+    tokens are the chosen responses', or, for objectives on likelihoods, both responses'.
     """
 
     input_ids: Tensor  # (rows, L)
     attention_mask: Tensor  # (rows, L)
-    sft_rows: Tensor  # (M,) flat positions in (rows * L) that predict a chosen response's token
-    sft_targets: Tensor  # (M,) the token each predicts
+    positions: Tensor  # (M,) flat positions in (rows * L) that predict a response's token
+    targets: Tensor  # (M,) the token each predicts
+    owners: Tensor  # (M,) the row each is of
     start: Tensor  # (rows,) position of the response's first token
     last: Tensor  # (rows,) position of the response's last token
     diverge: Tensor  # (B,) first position where chosen and rejected differ
@@ -95,9 +97,22 @@ def encode_pairs(
 
 
 def collate(
-    pairs: Sequence[EncodedPair], *, pad: int, side: str = "right", both: bool = True
+    pairs: Sequence[EncodedPair],
+    *,
+    pad: int,
+    side: str = "right",
+    both: bool = True,
+    predict_both: bool = False,
 ) -> PairBatch:
-    """Pad to the longest row; ``side`` is the tokenizer's ``padding_side``."""
+    """Pad to the longest row.
+
+    Args:
+        pairs: The batch.
+        pad: Token to pad with; which one does not matter.
+        side: The tokenizer's ``padding_side``.
+        both: Have rows for the rejected responses.
+        predict_both: Predict their tokens too.
+    """
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
     if both:
         rows += [(pair.prompt, pair.rejected) for pair in pairs]
@@ -106,7 +121,9 @@ def collate(
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     start = torch.empty(len(rows), dtype=torch.long)
     last = torch.empty(len(rows), dtype=torch.long)
-    sft_rows, sft_targets = [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
     for row, (prompt, response) in enumerate(rows):
         ids = prompt + response
         offset = length - len(ids) if side == "left" else 0
@@ -114,16 +131,19 @@ def collate(
         attention_mask[row, offset : offset + len(ids)] = 1
         first = offset + len(prompt)
         start[row], last[row] = first, offset + len(ids) - 1
-        if row < len(pairs):
-            for position, token in enumerate(response, start=first):
-                if position > offset:  # an empty prompt leaves its first token unpredicted
-                    sft_rows.append(row * length + position - 1)
-                    sft_targets.append(token)
+        if row < len(pairs) or predict_both:
+            # An empty prompt leaves its first token unpredicted.
+            predicted = response if prompt else response[1:]
+            begin = row * length + offset + len(ids) - len(predicted) - 1
+            positions += range(begin, begin + len(predicted))
+            targets += predicted
+            owners += [row] * len(predicted)
     return PairBatch(
         input_ids,
         attention_mask,
-        torch.tensor(sft_rows, dtype=torch.long),
-        torch.tensor(sft_targets, dtype=torch.long),
+        torch.tensor(positions, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor(owners, dtype=torch.long),
         start,
         last,
         torch.tensor([_divergence(pair) for pair in pairs], dtype=torch.long),

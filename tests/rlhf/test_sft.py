@@ -86,8 +86,8 @@ def test_collate_by_hand(side):
     assert batch.attention_mask.sum(1).tolist() == [5, 6]
     assert batch.start.tolist() == [2 + pad_left, 2]
     assert batch.last.tolist() == [4 + pad_left, 5]
-    assert batch.sft_rows.tolist() == [1 + pad_left, 2 + pad_left, 3 + pad_left]
-    assert batch.sft_targets.tolist() == [7, 8, 2]
+    assert batch.positions.tolist() == [1 + pad_left, 2 + pad_left, 3 + pad_left]
+    assert batch.targets.tolist() == [7, 8, 2]
     assert batch.diverge.tolist() == [1]
 
 
