@@ -29,18 +29,17 @@ def reward_diverged(rewards: Tensor, batch: PairBatch, margin: Tensor) -> Tensor
     reward of its last token.
 
     Args:
-        rewards: (2B, L) the reward head at every position, chosen rows first.
+        rewards: (rows, L) the reward head at every position.
         batch: Where the responses lie.
         margin: (B,).
     """
-    pairs = batch.num_pairs
-    lengths = batch.last - batch.start + 1  # (2B,)
-    longer = torch.maximum(lengths[:pairs], lengths[pairs:])
+    lengths = batch.last - batch.start + 1  # (rows,)
+    longer = torch.maximum(*batch.split(lengths))
     steps = torch.arange(rewards.shape[1], device=rewards.device)  # (L,)
-    index = batch.start[:, None] + torch.minimum(steps, lengths[:, None] - 1)  # (2B, L)
-    aligned = rewards.gather(1, index)
+    index = batch.start[:, None] + torch.minimum(steps, lengths[:, None] - 1)  # (rows, L)
+    chosen, rejected = batch.split(rewards.gather(1, index))
     counts = (steps >= batch.diverge[:, None]) & (steps < longer[:, None])  # (B, L)
-    each = -F.logsigmoid(aligned[:pairs] - aligned[pairs:] - margin[:, None])
+    each = -F.logsigmoid(chosen - rejected - margin[:, None])
     return (torch.where(counts, each, 0.0).sum(1) / counts.sum(1)).sum()
 
 
@@ -59,8 +58,8 @@ def dpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def rrhf(chosen: Tensor, rejected: Tensor) -> Tensor:
     """``max(0, p_l - p_w)``, ``p`` the mean log-probability of a response's tokens.
 
-    Yuan et al. 2023, arXiv:2304.05302, eq. 2 and 3, for two responses. Its full loss adds the
-    cross-entropy of the best one (eq. 4 and 5).
+    Yuan et al. 2023, arXiv:2304.05302, section 3.1, for two responses. Its full loss adds the
+    cross-entropy of the best one.
     """
     return (rejected - chosen).clamp(min=0.0).sum()
 
@@ -68,8 +67,8 @@ def rrhf(chosen: Tensor, rejected: Tensor) -> Tensor:
 def pro(chosen: Tensor, rejected: Tensor) -> Tensor:
     """``-log(exp p_w / (exp p_w + exp p_l))``, ``p`` the mean log-probability of the tokens.
 
-    Song et al. 2023, arXiv:2306.17492, eq. 4 and 7, for a ranking of two. Its full loss adds beta
-    times the cross-entropy of the best one (eq. 8).
+    Song et al. 2023, arXiv:2306.17492, section 3, for a ranking of two. Its full loss adds beta
+    times the cross-entropy of the best one.
     """
     return -F.logsigmoid(chosen - rejected).sum()
 

@@ -22,6 +22,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class EncodedPair:
+    """A pair, or an answer to imitate alone, whose ``rejected`` is empty."""
+
     prompt: list[int]
     chosen: list[int]  # with eos, unless it was cut at max_length
     rejected: list[int]
@@ -32,7 +34,8 @@ class EncodedPair:
 
 
 class PairBatch(NamedTuple):
-    """Rows 0 to B-1 are the chosen responses and rows B to 2B-1 the rejected, in the same order.
+    """First B rows with the chosen responses of the pairs, then rows with the answers to imitate
+    alone, then B rows with the rejected responses, in the pairs' order.
 
     Where the objective has no use for the rejected (``sft``) their rows are absent. The predicted
     tokens are the chosen responses', or, for objectives on likelihoods, both responses'.
@@ -47,7 +50,12 @@ class PairBatch(NamedTuple):
     last: Tensor  # (rows,) position of the response's last token
     diverge: Tensor  # (B,) first position where chosen and rejected differ
     margin: Tensor  # (B,)
-    num_pairs: int
+    num_pairs: int  # B
+    num_chosen: int  # B and the answers to imitate alone
+
+    def split(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows,) values of the pairs' chosen and rejected responses, (B,) both."""
+        return each[: self.num_pairs], each[self.num_chosen :]
 
     def to(self, device: torch.device) -> PairBatch:
         moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
@@ -96,8 +104,17 @@ def encode_pairs(
     return encoded
 
 
+def encode_alone(
+    tokenizer: Any, demonstrations: Sequence[Any], *, max_length: int
+) -> list[EncodedPair]:
+    """As ``encode_pairs``, of ``hydra_rlhf.data.Demonstration``."""
+    as_pairs = [Preference(one.prompt, one.completion, "") for one in demonstrations]
+    encoded = encode_pairs(tokenizer, as_pairs, max_length=max_length, what="demonstration")
+    return [EncodedPair(one.prompt, one.chosen, [], None) for one in encoded]
+
+
 def collate(
-    pairs: Sequence[EncodedPair],
+    examples: Sequence[EncodedPair],
     *,
     pad: int,
     side: str = "right",
@@ -107,13 +124,15 @@ def collate(
     """Pad to the longest row.
 
     Args:
-        pairs: The batch.
+        examples: The batch, pairs and answers to imitate in any order.
         pad: Token to pad with; which one does not matter.
         side: The tokenizer's ``padding_side``.
         both: Have rows for the rejected responses.
         predict_both: Predict their tokens too.
     """
-    rows = [(pair.prompt, pair.chosen) for pair in pairs]
+    pairs = [one for one in examples if one.rejected]
+    chosen = [*pairs, *(one for one in examples if not one.rejected)]
+    rows = [(one.prompt, one.chosen) for one in chosen]
     if both:
         rows += [(pair.prompt, pair.rejected) for pair in pairs]
     length = max(len(prompt) + len(response) for prompt, response in rows)
@@ -131,7 +150,7 @@ def collate(
         attention_mask[row, offset : offset + len(ids)] = 1
         first = offset + len(prompt)
         start[row], last[row] = first, offset + len(ids) - 1
-        if row < len(pairs) or predict_both:
+        if row < len(chosen) or predict_both:
             # An empty prompt leaves its first token unpredicted.
             predicted = response if prompt else response[1:]
             begin = row * length + offset + len(ids) - len(predicted) - 1
@@ -149,7 +168,31 @@ def collate(
         torch.tensor([_divergence(pair) for pair in pairs], dtype=torch.long),
         torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float32),
         len(pairs),
+        len(chosen),
     )
+
+
+def mix(
+    pairs: Sequence[EncodedPair],
+    alone: Sequence[EncodedPair],
+    share: float | None,
+    *,
+    seed: int,
+) -> list[EncodedPair]:
+    """Pairs and answers to imitate alone as one set.
+
+    Args:
+        pairs, alone: The two sets.
+        share: How much of the result is ``alone``, in [0, 1): it is drawn from or repeated as
+            that takes; None takes each once.
+        seed: Of the draw.
+    """
+    if share is None or not alone or not pairs:
+        return [*pairs, *alone]
+    count = round(len(pairs) * share / (1.0 - share))
+    rng = random.Random(seed)
+    drawn = list(alone) * (count // len(alone)) + rng.sample(list(alone), count % len(alone))
+    return [*pairs, *drawn]
 
 
 def batches(

@@ -18,18 +18,43 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import hydra_kernels.peft
+from hydra_rlhf import objectives
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.pairs import EncodedPair, PairBatch, batches, collate, encode_pairs
+from hydra_rlhf.pairs import (
+    EncodedPair,
+    PairBatch,
+    batches,
+    collate,
+    encode_alone,
+    encode_pairs,
+    mix,
+)
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.settings import setting
 
 CALIBRATION_BINS = 10
+REWARD_OBJECTIVES = ("hydra", "rm")
+LIKELIHOOD_OBJECTIVES = ("dpo", "rrhf", "pro")
+TEXT_OBJECTIVES = ("hydra", "sft", *LIKELIHOOD_OBJECTIVES)
+PAIR_FIGURES = {
+    "rm": "rm_loss",
+    "rank": "rank_loss",
+    "correct": "accuracy",
+    "reward_margin": "reward_margin",
+}
+TITLES = {
+    "hydra": "Hydra-SFT",
+    "sft": "SFT",
+    "rm": "Reward model",
+    "dpo": "DPO",
+    "rrhf": "RRHF",
+    "pro": "PRO",
+}
 
 
 @dataclass
@@ -38,16 +63,26 @@ class SFTConfig:
 
     _argument_group_name = "training"
 
-    objective: Literal["hydra", "sft", "rm"] = setting(
-        "hydra", "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone"
+    objective: Literal["hydra", "sft", "rm", "dpo", "rrhf", "pro"] = setting(
+        "hydra",
+        "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone; dpo "
+        "(needs --lora-r), rrhf, pro: rankings of the pairs by their likelihood",
     )
     gamma: float = setting(0.1, "weight of the reward loss in the hydra objective")
     rm_loss: Literal["last", "diverged"] = setting(
         "last",
         "reward difference at the last token, or averaged over the tokens after the two differ",
     )
+    beta: float = setting(
+        0.1, "dpo: the pull towards the reference; pro: weight of the cross-entropy beside it"
+    )
     center_rewards: float = setting(0.0, "weight of (r_w + r_l)^2, which keeps rewards around 0")
     use_margins: bool = setting(True, "subtract the pair's margin, where the data has one")
+    mix: float | None = setting(
+        None,
+        "share of what is trained on that is --sft-data, in [0, 1): it is drawn from or repeated "
+        "as that takes; each set once when not set",
+    )
     learning_rate: float = setting(2e-5, "peak learning rate")
     head_learning_rate: float | None = setting(
         None, "peak learning rate of the reward head; that of the rest when not set"
@@ -75,7 +110,7 @@ class SFTConfig:
     seed: int = setting(0, "seed of the order of the data, of new weights and of dropout")
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r"):
+        for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r", "beta"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("learning_rate", "epochs", "batch_size", "eval_batch_size"):
@@ -87,6 +122,15 @@ class SFTConfig:
                 raise UserError(f"{name} must be above 0, got {value}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.mix is not None and not 0 <= self.mix < 1:
+            raise UserError(f"mix must be in [0, 1), got {self.mix}")
+        if self.objective == "dpo" and not self.lora_r:
+            raise UserError("objective dpo needs lora_r: its reference is the adapter off")
+
+    @property
+    def sft_weight(self) -> float:
+        """Weight of the chosen responses' cross-entropy in the objective."""
+        return {"sft": 1.0, "hydra": 1.0, "rrhf": 1.0, "pro": self.beta}.get(self.objective, 0.0)
 
 
 @dataclass
@@ -110,57 +154,81 @@ class PairLoss(nn.Module):
         self.role = role
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
-        """Sums over tokens (``sft``) and over pairs (the rest), 0-d float32; empty ones left out.
+        """0-d float32 sums: ``sft`` over tokens and the rest over pairs.
 
-        ``rewards``, (rows,), is there when both responses are.
+        ``difference``, (B,) r_w - r_l, is there where the reward head is trained.
         """
-        hidden = self.model.hidden(batch.input_ids, batch.attention_mask, role=self.role)
+        config, model = self.config, self.model
+        hidden = model.hidden(batch.input_ids, batch.attention_mask, role=self.role)
         sums: dict[str, Tensor] = {}
-        if self.config.objective != "rm":
-            rows = hidden.flatten(0, 1).index_select(0, batch.sft_rows)  # (M, D)
-            sums["sft"] = -self.model.lm_head.logprob(rows, batch.sft_targets).logprobs.sum()
-        if self.config.objective != "sft":
-            rewards = self.model.reward_head(hidden.float()).squeeze(-1)  # (2B, L)
-            sums.update(pair_losses(rewards, batch, self.config))
+        if config.objective in REWARD_OBJECTIVES:
+            rewards = model.reward_head(hidden.float()).squeeze(-1)  # (rows, L)
+            sums.update(reward_losses(rewards, batch, config))
+        if config.objective in TEXT_OBJECTIVES:
+            rows = hidden.flatten(0, 1).index_select(0, batch.positions)  # (M, D)
+            reference = self._reference(batch) if config.objective == "dpo" else None
+            out = model.lm_head.logprob(rows, batch.targets, ref_hidden=reference)
+            is_chosen = batch.owners < batch.num_chosen
+            sums["sft"] = -torch.where(is_chosen, out.logprobs, 0.0).sum()
+            if config.objective in LIKELIHOOD_OBJECTIVES:
+                sums.update(likelihood_losses(out.logprobs, out.ref_logprobs, batch, config))
         return sums
 
+    @torch.no_grad()
+    def _reference(self, batch: PairBatch) -> Tensor:
+        """(M, D) of the same decoder with the adapter off."""
+        hidden = self.model.hidden(batch.input_ids, batch.attention_mask)
+        return hidden.flatten(0, 1).index_select(0, batch.positions)
 
-def pair_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[str, Tensor]:
-    """Bradley-Terry loss of a batch of pairs, summed over them.
 
-    ``-log sigmoid(r_w - r_l - margin)`` at the last token of each response: Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1; the margin is that of Touvron et al. 2023, arXiv:2307.09288, eq. 2.
-    With ``rm_loss="diverged"`` the mean of that over the positions from the first token in which
-    the two differ to the end of the longer, where the shorter one keeps its last reward.
+def reward_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[str, Tensor]:
+    """The reward head's loss and figures.
 
     Args:
-        rewards: (2B, L) the reward head at every position; chosen rows first.
+        rewards: (rows, L) the reward head at every position.
 
     Returns:
         ``rm``, ``center``, ``correct``, ``reward_margin``: 0-d float32 sums over pairs;
-        ``rewards``: (2B,) at the last tokens.
+        ``difference``: (B,) r_w - r_l at the last tokens.
     """
-    pairs = batch.num_pairs
-    at_last = rewards.gather(1, batch.last[:, None]).squeeze(1)  # (2B,)
-    chosen, rejected = at_last[:pairs], at_last[pairs:]
+    at_last = rewards.gather(1, batch.last[:, None]).squeeze(1)  # (rows,)
+    chosen, rejected = batch.split(at_last)
     margin = batch.margin if config.use_margins else torch.zeros_like(batch.margin)
     if config.rm_loss == "last":
-        loss = -F.logsigmoid(chosen - rejected - margin)
+        loss = objectives.reward_last(chosen, rejected, margin)
     else:
-        lengths = batch.last - batch.start + 1  # (2B,)
-        longer = torch.maximum(lengths[:pairs], lengths[pairs:])
-        steps = torch.arange(rewards.shape[1], device=rewards.device)  # (L,)
-        index = batch.start[:, None] + torch.minimum(steps, lengths[:, None] - 1)  # (2B, L)
-        aligned = rewards.gather(1, index)
-        counts = (steps >= batch.diverge[:, None]) & (steps < longer[:, None])  # (B, L)
-        each = -F.logsigmoid(aligned[:pairs] - aligned[pairs:] - margin[:, None])
-        loss = torch.where(counts, each, 0.0).sum(1) / counts.sum(1)
+        loss = objectives.reward_diverged(rewards, batch, margin)
     return {
-        "rm": loss.sum(),
+        "rm": loss,
         "center": (chosen + rejected).square().sum(),
         "correct": (chosen > rejected).float().sum(),
         "reward_margin": (chosen - rejected).sum(),
-        "rewards": at_last,
+        "difference": chosen - rejected,
+    }
+
+
+def likelihood_losses(
+    logprobs: Tensor, ref_logprobs: Tensor | None, batch: PairBatch, config: SFTConfig
+) -> dict[str, Tensor]:
+    """The loss of an objective that compares how likely the responses are, and its figures.
+
+    Args:
+        logprobs: (M,) of both responses' tokens.
+        ref_logprobs: (M,) under the reference; for dpo.
+    """
+    if config.objective == "dpo":
+        assert ref_logprobs is not None
+        chosen, rejected = batch.split(objectives.per_row(logprobs - ref_logprobs, batch))
+        loss = objectives.dpo(chosen, rejected, beta=config.beta)
+    else:
+        means = objectives.per_row(logprobs, batch) / objectives.token_counts(batch)
+        chosen, rejected = batch.split(means)
+        one = objectives.rrhf if config.objective == "rrhf" else objectives.pro
+        loss = one(chosen, rejected)
+    return {
+        "rank": loss,
+        "correct": (chosen > rejected).float().sum(),
+        "reward_margin": (chosen - rejected).detach().sum(),
     }
 
 
@@ -172,11 +240,12 @@ def train(
     tracker: Tracker,
     *,
     eval_pairs: Sequence[Any] = (),
+    demonstrations: Sequence[Any] = (),
     accelerator: Accelerator | None = None,
     stage: str = "sft",
     on_step: Callable[[int], None] | None = None,
 ) -> SFTResult:
-    """Train ``model`` in place on ``pairs`` of ``hydra_rlhf.data.Preference``.
+    """Train ``model`` in place on pairs, and on demonstrations besides or instead.
 
     A model without adapters is trained in full; one with the adapter "actor" trains that and the
     reward head (``merge_adapter`` folds it into the weights afterwards).
@@ -185,9 +254,8 @@ def train(
         UserError: no pairs, or a prompt that leaves no room for a response.
     """
     accelerator = accelerator or make_accelerator()
-    encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs)
+    encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
     role = "actor" if model.adapters else None
-    both = config.objective != "sft"
     plan = _plan_batches(config, encoded)
     torch.manual_seed(config.seed)
 
@@ -205,11 +273,11 @@ def train(
     tokens = 0
     final: dict[str, float] = {}
     shown: dict[str, float] = {}
-    with tracker.progress(_title(config), len(plan)) as bar:
+    with tracker.progress(TITLES[config.objective], len(plan)) as bar:
         for step, batch in enumerate(plan, start=1):
             share = batch[accelerator.process_index :: accelerator.num_processes]
             figures, batch_tokens = _step(
-                config, module, optimizer, accelerator, parameters, batch, share, tokenizer, both
+                config, module, optimizer, accelerator, parameters, batch, share, tokenizer
             )
             figures["lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
@@ -240,7 +308,8 @@ def evaluate(
     """Means over held-out pairs.
 
     Returns:
-        ``sft_loss`` in nats a token; ``rm_loss``; ``accuracy``, the share of pairs ranked right;
+        ``sft_loss`` in nats a token; ``rm_loss`` or ``rank_loss``; ``accuracy``, the share of pairs
+        ranked right, by reward or by likelihood; ``reward_margin``, the mean difference;
         ``calibration``, the expected calibration error of ``sigmoid(|r_w - r_l|)`` as the
         probability that the ranking is right (10 bins; 0 is perfect).
     """
@@ -254,19 +323,21 @@ def evaluate(
         group = ordered[i : i + config.eval_batch_size]
         batch = _collate(config, tokenizer, group).to(_device(model))
         sums = module(batch)
-        rewards = sums.pop("rewards", None)
+        difference = sums.pop("difference", None)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.item()
-        tokens += len(batch.sft_targets)
-        if rewards is not None:
-            differences.append((rewards[: len(group)] - rewards[len(group) :]).cpu())
+        tokens += int((batch.owners < batch.num_chosen).sum())
+        if difference is not None:
+            differences.append(difference.cpu())
     model.train(was_training)
     means: dict[str, float] = {}
     if "sft" in totals:
         means["sft_loss"] = totals["sft"] / tokens
-    if differences:
-        means["rm_loss"] = totals["rm"] / len(pairs)
-        means["accuracy"] = totals["correct"] / len(pairs)
+    count = sum(bool(pair.rejected) for pair in pairs)
+    for name, label in PAIR_FIGURES.items():
+        if name in totals and count:
+            means[label] = totals[name] / count
+    if differences and count:
         means["calibration"] = calibration_error(torch.cat(differences))
     return means
 
@@ -307,11 +378,11 @@ def _step(
     batch: list[EncodedPair],  # of all processes
     share: list[EncodedPair],  # of this one
     tokenizer: Any,
-    both: bool,
 ) -> tuple[dict[str, float], int]:
     """One optimizer step; its figures, and the tokens in the whole batch."""
     # The counts of the batch over all processes are known to each: no reduction is needed.
     num_tokens = sum(len(pair.chosen) - (not pair.prompt) for pair in batch)
+    num_pairs = max(sum(bool(pair.rejected) for pair in batch), 1)
     world = accelerator.num_processes  # DDP averages gradients; ours are sums already divided
     micro = config.micro_batch_size or max(len(share), 1)
     pieces = [share[i : i + micro] for i in range(0, len(share), micro)] or [batch[:1]]
@@ -321,8 +392,8 @@ def _step(
         sync = index == len(pieces) - 1
         with accelerator.no_sync(module) if not sync else contextlib.nullcontext():
             sums = module(collated)
-            sums.pop("rewards", None)
-            loss = _combine(config, sums, num_tokens, len(batch))
+            sums.pop("difference", None)
+            loss = _combine(config, sums, num_tokens, num_pairs)
             if not share:  # more processes than pairs: take part in the reduction with nothing
                 loss = loss * 0.0
                 sums = {name: value * 0.0 for name, value in sums.items()}
@@ -336,38 +407,43 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     if world > 1:
         totals = accelerator.reduce(totals, reduction="sum")
-    figures = {"loss": float(_combine(config, totals, num_tokens, len(batch)))}
+    figures = {"loss": float(_combine(config, totals, num_tokens, num_pairs))}
     if "sft" in totals:
         figures["sft_loss"] = float(totals["sft"]) / num_tokens
-    if both:
-        figures["rm_loss"] = float(totals["rm"]) / len(batch)
-        figures["accuracy"] = float(totals["correct"]) / len(batch)
-        figures["reward_margin"] = float(totals["reward_margin"]) / len(batch)
+    for name, label in PAIR_FIGURES.items():
+        if name in totals and any(pair.rejected for pair in batch):
+            figures[label] = float(totals[name]) / num_pairs
     if norm is not None:
         figures["grad_norm"] = float(norm)
-    responses = sum(len(p.chosen) + (len(p.rejected) if both else 0) for p in batch)
-    return figures, responses + sum(len(p.prompt) for p in batch) * (2 if both else 1)
+    passed = sum(len(p.prompt) + len(p.chosen) for p in batch)
+    if config.objective != "sft":
+        passed += sum(len(p.prompt) + len(p.rejected) for p in batch if p.rejected)
+    return figures, passed
 
 
 def _combine(config: SFTConfig, sums: dict[str, Tensor], num_tokens: int, num_pairs: int) -> Tensor:
+    """The objective of a batch from sums over its tokens and pairs."""
     loss = torch.zeros((), device=next(iter(sums.values())).device)
-    if "sft" in sums:
-        loss = loss + sums["sft"] / num_tokens
+    if config.sft_weight and "sft" in sums:
+        loss = loss + config.sft_weight * sums["sft"] / num_tokens
     if "rm" in sums:
         weight = config.gamma if config.objective == "hydra" else 1.0
         loss = loss + weight * (sums["rm"] + config.center_rewards * sums["center"]) / num_pairs
+    if "rank" in sums:
+        loss = loss + sums["rank"] / num_pairs
     return loss
 
 
-def check_pairs(
+def check_data(
     config: SFTConfig,
     model: HydraModel,
     tokenizer: Any,
     pairs: Sequence[Any],
     eval_pairs: Sequence[Any] = (),
+    demonstrations: Sequence[Any] = (),
 ) -> None:
     """Raises the UserErrors of ``train`` about the data, before anything is written."""
-    _encode(config, model, tokenizer, pairs, eval_pairs)
+    _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
 
 
 def _encode(
@@ -376,13 +452,23 @@ def _encode(
     tokenizer: Any,
     pairs: Sequence[Any],
     eval_pairs: Sequence[Any],
+    demonstrations: Sequence[Any],
 ) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    context = getattr(model.config, "max_position_embeddings", None) or 2048
-    length = min(config.max_length or context, context)
-    encoded = encode_pairs(tokenizer, pairs, max_length=length, what="training pair")
-    if not eval_pairs:
-        return encoded, []
-    return encoded, encode_pairs(tokenizer, eval_pairs, max_length=length, what="held-out pair")
+    """What to train on, in one list, and what to evaluate on."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(n for n in (config.max_length, context, 2**31) if n is not None)
+    if demonstrations and config.objective not in ("sft", "hydra"):
+        raise UserError(f"objective {config.objective} has no use for answers without a pair")
+    alone = []
+    if demonstrations:
+        alone = encode_alone(tokenizer, demonstrations, max_length=length)
+    encoded = []
+    if pairs or not alone:
+        encoded = encode_pairs(tokenizer, pairs, max_length=length, what="training pair")
+    held_out = []
+    if eval_pairs:
+        held_out = encode_pairs(tokenizer, eval_pairs, max_length=length, what="held-out pair")
+    return mix(encoded, alone, config.mix, seed=config.seed), held_out
 
 
 def _plan_batches(config: SFTConfig, pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
@@ -410,12 +496,12 @@ def _optimizer(config: SFTConfig, model: HydraModel) -> torch.optim.Optimizer:
         for parameter in model.causal_lm.parameters():
             parameter.requires_grad_(True)
         body = [p for p in model.causal_lm.parameters()]
-    head.requires_grad_(config.objective != "sft")
+    head.requires_grad_(config.objective in REWARD_OBJECTIVES)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in body if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if config.objective != "sft":
+    if config.objective in REWARD_OBJECTIVES:
         rate = config.head_learning_rate or config.learning_rate
         groups.append({"params": [head], "weight_decay": config.weight_decay, "lr": rate})
     return torch.optim.AdamW(
@@ -449,6 +535,7 @@ def _collate(config: SFTConfig, tokenizer: Any, pairs: list[EncodedPair]) -> Pai
         pad=tokenizer.eos_token_id if pad is None else pad,
         side=tokenizer.padding_side,
         both=config.objective != "sft",
+        predict_both=config.objective in LIKELIHOOD_OBJECTIVES,
     )
 
 
@@ -457,14 +544,11 @@ def _to_show(config: SFTConfig, figures: dict[str, float]) -> dict[str, float]:
         "loss": "loss",
         "sft_loss": "sft",
         "rm_loss": "rm",
+        "rank_loss": "rank",
         "accuracy": "accuracy",
         "eval_accuracy": "held_out",
     }
     return {label: figures[name] for name, label in names.items() if name in figures}
-
-
-def _title(config: SFTConfig) -> str:
-    return {"hydra": "Hydra-SFT", "sft": "SFT", "rm": "Reward model"}[config.objective]
 
 
 def _checkpoint(causal_lm: Any) -> None:

@@ -23,7 +23,10 @@ class SFTInput:
     _argument_group_name = "model and data"
 
     model: str = required("folder or hub name of the causal language model to start from")
-    pair_data: str = required("preference pairs: a file, a folder or a hub name")
+    pair_data: str | None = setting(None, "preference pairs: a file, a folder or a hub name")
+    sft_data: str | None = setting(
+        None, "answers to imitate (prompt and completion), besides the pairs or instead; see --mix"
+    )
     pair_split: str | None = setting(None, "split of the pairs; train when not set")
     eval_data: str | None = setting(None, "held-out pairs to measure on")
     eval_share: float = setting(
@@ -36,6 +39,8 @@ class SFTInput:
     trust_remote_code: bool = setting(False, "run code that comes with the model")
 
     def __post_init__(self) -> None:
+        if self.pair_data is None and self.sft_data is None:
+            raise UserError("--pair-data or --sft-data is required")
         if not 0 <= self.eval_share < 1:
             raise UserError(f"eval_share must be in [0, 1), got {self.eval_share}")
 
@@ -48,13 +53,14 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
     output.check()
     tokenizer = evaluate.load_tokenizer(given.model)
     pairs, held_out = _pairs(given, config, tokenizer)
+    demonstrations = data.load_sft(given.sft_data, tokenizer=tokenizer) if given.sft_data else []
     accelerator = sft.make_accelerator(output.device, given.mixed_precision)
     model = HydraModel.from_pretrained(
         given.model,
         dtype=None if given.dtype == "auto" else given.dtype,
         trust_remote_code=given.trust_remote_code,
     )
-    sft.check_pairs(config, model, tokenizer, pairs, held_out)
+    sft.check_data(config, model, tokenizer, pairs, held_out, demonstrations)
     if config.lora_r:
         model = add_lora(model, config)
     run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite)
@@ -67,7 +73,14 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
         is_main=accelerator.is_main_process,
     ) as tracker:
         result = sft.train(
-            config, model, tokenizer, pairs, tracker, eval_pairs=held_out, accelerator=accelerator
+            config,
+            model,
+            tokenizer,
+            pairs,
+            tracker,
+            eval_pairs=held_out,
+            demonstrations=demonstrations,
+            accelerator=accelerator,
         )
         if accelerator.is_main_process:
             if config.lora_r:
@@ -98,6 +111,10 @@ def add_lora(model: HydraModel, config: SFTConfig) -> HydraModel:
 def _pairs(
     given: SFTInput, config: SFTConfig, tokenizer: Any
 ) -> tuple[list[Preference], list[Preference]]:
+    if given.pair_data is None:
+        if config.objective != "sft":
+            raise UserError(f"objective {config.objective} needs --pair-data")
+        return [], data.load_preferences(given.eval_data) if given.eval_data else []
     pairs = data.load_preferences(given.pair_data, split=given.pair_split, tokenizer=tokenizer)
     if not pairs:
         raise UserError(f"{given.pair_data} holds no pairs")
@@ -113,12 +130,13 @@ def _pairs(
 
 def readme(given: SFTInput, config: SFTConfig, result: SFTResult, run_dir: str) -> str:
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in result.final.items()]
+    sources = " and ".join(f"`{name}`" for name in (given.pair_data, given.sft_data) if name)
     results = ["| held-out figure | value |", "|---|---|", *rows] if rows else ["Not measured."]
     return "\n".join(
         [
             f"# SFT with objective {config.objective}",
             "",
-            f"`{given.model}` trained on `{given.pair_data}`: {result.steps} steps, "
+            f"`{given.model}` trained on {sources}: {result.steps} steps, "
             f"{result.tokens} tokens, {result.seconds:.0f} s.",
             "",
             "## Results",

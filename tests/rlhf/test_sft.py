@@ -12,9 +12,9 @@ from hydra_rlhf.data import Preference
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.pairs import EncodedPair, batches, collate, encode_pairs
+from hydra_rlhf.pairs import EncodedPair, batches, collate, encode_pairs, mix
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, merge_adapter, pair_losses
+from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, merge_adapter, reward_losses
 
 SHORT = EncodedPair([5, 6], [7, 8, 2], [7, 9, 10, 2], None)
 LONG = EncodedPair([5, 6, 11, 12], [13, 2], [14, 15, 2], 0.5)
@@ -122,15 +122,15 @@ def test_reward_loss_at_the_last_token_by_hand():
     batch = collate([SHORT], pad=0)
     rewards = torch.zeros(2, 6)
     rewards[0, 4], rewards[1, 5] = 2.0, 0.5
-    losses = pair_losses(rewards, batch, SFTConfig())
+    losses = reward_losses(rewards, batch, SFTConfig())
     assert losses["rm"].item() == pytest.approx(0.20141, abs=1e-5)
     assert losses["center"].item() == pytest.approx(6.25)
     assert losses["correct"].item() == 1.0
-    assert losses["rewards"].tolist() == [2.0, 0.5]
+    assert losses["difference"].tolist() == [1.5]
     with_margin = batch._replace(margin=torch.tensor([0.5]))
-    losses = pair_losses(rewards, with_margin, SFTConfig())
+    losses = reward_losses(rewards, with_margin, SFTConfig())
     assert losses["rm"].item() == pytest.approx(0.31326, abs=1e-5)
-    losses = pair_losses(rewards, with_margin, SFTConfig(use_margins=False))
+    losses = reward_losses(rewards, with_margin, SFTConfig(use_margins=False))
     assert losses["rm"].item() == pytest.approx(0.20141, abs=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_reward_loss_after_divergence_by_hand(side):
     first = batch.start[0]
     rewards[0, first + 1], rewards[0, first + 2] = 1.0, 3.0
     rewards[1, 3:6] = torch.tensor([0.0, 1.0, 0.0])
-    losses = pair_losses(rewards, batch, SFTConfig(rm_loss="diverged"))
+    losses = reward_losses(rewards, batch, SFTConfig(rm_loss="diverged"))
     expected = sum(math.log1p(math.exp(-d)) for d in (1.0, 2.0, 3.0)) / 3
     assert losses["rm"].item() == pytest.approx(expected, abs=1e-6)
 
@@ -161,7 +161,9 @@ def test_loss_is_that_of_logits_and_of_transformers():
     out = model.causal_lm(ids, labels=labels, output_hidden_states=True)
     torch.testing.assert_close(sums["sft"] / 2, out.loss)
     reward = model.reward_head(out.hidden_states[-1][0, -1])
-    torch.testing.assert_close(sums["rewards"][:1], reward)
+    rejected = torch.tensor([LONG.prompt + LONG.rejected])
+    state = model.causal_lm(rejected, output_hidden_states=True).hidden_states[-1][0, -1]
+    torch.testing.assert_close(sums["difference"], reward - model.reward_head(state))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -172,6 +174,30 @@ def test_padding_changes_nothing(side):
     alone = [loss(collate([pair], pad=0)) for pair in (SHORT, LONG)]
     for name in ("sft", "rm", "center"):
         torch.testing.assert_close(together[name], alone[0][name] + alone[1][name])
+
+
+def test_answers_without_a_pair_count_for_the_text_alone():
+    """In one batch with a pair: the sums of each apart, wherever they stand."""
+    model = tiny_model().eval()
+    alone = EncodedPair([9, 10, 11], [12, 13, 2], [], None)
+    loss = PairLoss(model, SFTConfig(), None)
+    pair = loss(collate([SHORT], pad=0))
+    text = PairLoss(model, SFTConfig(objective="sft"), None)(collate([alone], pad=0))
+    for order in ([alone, SHORT], [SHORT, alone]):
+        both = loss(collate(order, pad=0))
+        torch.testing.assert_close(both["sft"], pair["sft"] + text["sft"])
+        torch.testing.assert_close(both["rm"], pair["rm"])
+        assert both["difference"].shape == (1,)
+
+
+def test_mix_by_hand():
+    """A share of 0.25 beside 6 pairs is 2 of 8; 0.5 repeats 4 answers to make 6."""
+    some = [EncodedPair([5], [6], [n], None) for n in range(3, 9)]
+    alone = [EncodedPair([5], [n], [], None) for n in range(20, 24)]
+    assert len(mix(some, alone, None, seed=0)) == 10
+    assert len(mix(some, alone, 0.25, seed=0)) == 8
+    repeated = mix(some, alone, 0.5, seed=0)
+    assert len(repeated) == 12 and all(one in repeated for one in alone)
 
 
 def test_calibration_by_hand():
@@ -232,8 +258,8 @@ def test_each_objective_learns_what_it_says(objective):
         set(result.final)
         == {
             "sft": {"sft_loss"},
-            "rm": {"rm_loss", "accuracy", "calibration"},
-            "hydra": {"sft_loss", "rm_loss", "accuracy", "calibration"},
+            "rm": {"rm_loss", "accuracy", "reward_margin", "calibration"},
+            "hydra": {"sft_loss", "rm_loss", "accuracy", "reward_margin", "calibration"},
         }[objective]
     )
 
