@@ -14,6 +14,7 @@ from hydra_rlhf.data.formats import Example, Format, convert, detect, format_nam
 from hydra_rlhf.data.lengths import overlong_by, tokens
 from hydra_rlhf.data.loading import unknown_columns
 from hydra_rlhf.data.rows import BadRow, Row, read_rows
+from hydra_rlhf.data.trees import grown
 
 MAX_BAD_ROWS = 20  # so many are listed; all are counted
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -78,7 +79,7 @@ def check(
     report = Report(str(source), named.name if named else None, max_length=max_length)
     dialogue = Dialogue(tokenizer, plain=True)
     tally = _Tally(report, tokenizer)
-    for row in read_rows(source, split=split):
+    for row in grown(read_rows(source, split=split)):
         report.rows += 1
         try:
             if row.values is None:

@@ -24,6 +24,7 @@ from hydra_rlhf.data.formats import (
 )
 from hydra_rlhf.data.lengths import fit
 from hydra_rlhf.data.rows import BadRow, Row, read_rows
+from hydra_rlhf.data.trees import grown
 from hydra_rlhf.errors import UserError
 
 Source = str | Path
@@ -106,7 +107,7 @@ def _checked(
     if overlong not in ("error", "drop", "truncate"):
         raise UserError(f"overlong: expected error, drop or truncate, got {overlong!r}")
     named = format_named(format) if format is not None else None
-    rows = read_rows(source, split=split, streaming=streaming)
+    rows = grown(read_rows(source, split=split, streaming=streaming))
     found = _examples(kind, str(source), rows, named, Dialogue(tokenizer))
     if max_length is not None:
         found = fit(found, tokenizer, max_length, overlong=overlong)

@@ -189,6 +189,29 @@ def test_oasst_trees(write):
     ]
 
 
+def flat(tree, node, parent=None):
+    """A tree's messages one by one, the last replies first."""
+    message = {key: value for key, value in node.items() if key != "replies"}
+    rows = [{**message, "message_tree_id": tree, "parent_id": parent}]
+    for reply in reversed(node["replies"]):
+        rows += flat(tree, reply, node["message_id"])
+    return rows
+
+
+def test_oasst_messages_are_put_into_their_trees(write):
+    tree = oasst_row()
+    first, second = flat("t1", tree["prompt"]), flat("t2", tree["prompt"])
+    pairs = load_preferences(write(tree, {**tree, "message_tree_id": "t2"}))
+    assert len(pairs) == 6
+    # A message comes before its parent; another's parent is not there.
+    lost = {**first[1], "message_id": "lost", "parent_id": "gone"}
+    assert load_preferences(write(*reversed(first), lost, *second)) == pairs
+    with pytest.raises(UserError, match="line 1: message tree t1: no message without a parent"):
+        load_preferences(write(*first[1:]))
+    with pytest.raises(UserError, match="line 2: message tree t1: a message without an id"):
+        load_preferences(write(first[0], {**first[1], "message_id": None}))
+
+
 def test_oasst_trees_take_a_chat_template_that_is_there(write, tokenizer):
     pair = load_preferences(write(oasst_row()), tokenizer=tokenizer)[0]
     assert (pair.prompt, pair.chosen) == ("<user>Sky?</s><assistant>", "Blue.</s>")

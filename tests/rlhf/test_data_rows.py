@@ -203,7 +203,7 @@ def test_streaming_takes_constant_memory(tmp_path, suffix):
 COLUMNS = st.sampled_from(
     "prompt chosen rejected completion messages text role content margin question response_j "
     "response_k info summaries choice post user_input responses_and_scores response score replies "
-    "rank instruction input output".split()
+    "rank instruction input output message_tree_id message_id parent_id".split()
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -225,6 +225,7 @@ ROW = st.one_of(
             "info summaries choice",
             "user_input responses_and_scores",
             "instruction input output",
+            "message_tree_id message_id parent_id role text",
         )
     ),
     st.fixed_dictionaries({"prompt": st.fixed_dictionaries({**TREE, "replies": JSON})}),
