@@ -34,6 +34,7 @@ COMMANDS = {
         "align a Hydra-SFT checkpoint with PPO (Hydra-PPO and others)",
     ),
     "evaluate": ("hydra_rlhf.commands.evaluate", "compare policies on the same prompts"),
+    "plan": ("hydra_rlhf.commands.plan", "memory of each method for a model, before loading it"),
     "export": ("hydra_rlhf.commands.export", "merge an adapter, or make a classifier of a reward"),
     "data": ("hydra_rlhf.commands.data", "data check FILE: what is in a set, bad rows by number"),
 }

@@ -100,7 +100,7 @@ class HydraModel(nn.Module):
         known = ((), ("actor",), ("critic",), ("joint",), ("actor", "critic"))
         if adapters not in known:
             raise UserError(f"adapters must be one of {known}, got {adapters}")
-        self.adapters = adapters
+        self.adapters: tuple[str, ...] = adapters
         self.base = causal_lm
         device = next(causal_lm.parameters()).device
         width = _head_width(causal_lm)
@@ -287,8 +287,10 @@ class HydraModel(nn.Module):
 
     def _head(self, head: str, hidden: Tensor) -> Tensor:
         module = self.value_head if head == "value" else self.reward_head
-        # Outside autocast: the heads are float32.
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return module(hidden.float()).squeeze(-1)
+        with torch.autocast(device, enabled=False):  # the heads are float32
             return module(hidden.float()).squeeze(-1)
 
     def score(

@@ -414,7 +414,14 @@ def shared_prefixes(config: PPOConfig, models: MethodModels, rollout: Rollout) -
     """Activations below the first adapted block, kept where the budget says; may be empty."""
     if not config.share_prefix:
         return {}
-    prefixes = models.compute_prefixes(rollout.query_responses, rollout.attention_mask)
+    parts = [
+        models.compute_prefixes(
+            rollout.query_responses[rows.to(rollout.device)],
+            rollout.attention_mask[rows.to(rollout.device)],
+        )
+        for rows in torch.arange(len(rollout)).split(config.local_rollout_forward_batch_size)
+    ]
+    prefixes = {i: Prefix.join([part[i] for part in parts]) for i in parts[0]}
     held = sum(prefix.nbytes for prefix in prefixes.values())
     offload = config.prefix_device == "cpu" or (
         config.prefix_device == "auto" and held > config.prefix_budget_gb * 1e9

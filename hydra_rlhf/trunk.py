@@ -50,6 +50,13 @@ class Prefix:
         """The prefix of ``copies`` batches one after the other, as one batch."""
         return replace(self, hidden=self.hidden.repeat(copies, 1, 1))
 
+    @staticmethod
+    def join(parts: list[Prefix]) -> Prefix:
+        """The prefixes of some batches as that of one."""
+        if len(parts) == 1:
+            return parts[0]
+        return replace(parts[0], hidden=torch.cat([part.hidden for part in parts]))
+
     def offload(self) -> Prefix:
         """The same on the host, pinned where a GPU will fetch it."""
         host = self.hidden.cpu()

@@ -1,0 +1,205 @@
+"""The plan against bytes that were really allocated, and its parts by hand."""
+
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from hydra_rlhf import cli, memory, ppo
+from hydra_rlhf.config import METHODS, PPOConfig
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.methods import method_from_model
+from hydra_rlhf.model import HydraModel
+from hydra_rlhf.phases import Phases, reset_peak_resident, resident
+from tests.rlhf.families import CONFIGS, FAMILIES, make_tokenizer
+
+PROMPT, RESPONSE, BATCH = 16, 16, 8
+
+
+def settings(method, **changes):
+    small = dict(
+        lora_r=8,
+        per_device_train_batch_size=BATCH,
+        response_length=RESPONSE,
+        max_steps=2,
+        num_ppo_epochs=1,
+        temperature=1.0,
+    )
+    return PPOConfig(method=method, **{**small, **changes})
+
+
+def wide(family):
+    """Wide enough that tensors, not python objects, are what is counted."""
+    config = CONFIGS[family]()
+    config.update({"hidden_size": 64, "vocab_size": 257, "num_hidden_layers": 4})
+    return config
+
+
+def allocations(call):
+    """(result, bytes held more than before, peak above before), by torch's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = profiler.profiler.kineto_results.events()
+    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, size in moves:
+        live += size
+        peak = max(peak, live)
+    return result, live, peak
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        *(("llama", method, {}) for method in METHODS),
+        ("llama", "hydra-ppo", {"gradient_checkpointing": True}),
+        ("llama", "hydra-ppo", {"lora_last_k": 2}),
+        ("gpt2", "j-hydra-ppo", {}),
+        ("opt", "hydra-ppo", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_plan_is_what_is_allocated(family, method, changes):
+    """Static bytes to 1%, the peak of a run to 10%."""
+    model_config, config = wide(family), settings(method, **changes)
+    planned = memory.plan(model_config, config, prompt_length=PROMPT)
+    lm = transformers.AutoModelForCausalLM.from_config(model_config).eval()
+    width = lm.get_output_embeddings().weight.shape[1]
+    source = HydraModel(lm, reward_head=torch.nn.Linear(width, 1, bias=False))
+    models, static, _ = allocations(lambda: method_from_model(method, source, lora=config))
+    assert planned.static == pytest.approx(static, rel=0.01)
+    # Of mixed lengths: without padding attention needs no mask and no copies of its keys.
+    prompts = [" ".join(["w5"] * (PROMPT - i)) for i in range(BATCH)]
+    _, _, peak = allocations(lambda: ppo.train(config, models, make_tokenizer(), prompts))
+    assert planned.peak == pytest.approx(static + peak, rel=0.10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(family):
+    plans = memory.plan_methods(CONFIGS[family](), settings("ppo"), prompt_length=PROMPT)
+    by = {p.method: p for p in plans}
+    one = by["hydra-ppo"].weights
+    # Four models, four, two, one and one.
+    assert [p.weights / one for p in plans] == [4, 4, 2, 1, 1]
+    assert by["hydra-ppo"].adapters == by["lora-ppo"].adapters == 2 * by["j-hydra-ppo"].adapters
+    assert by["ppo"].adapters == 0
+    assert by["hydra-ppo"].gradients > by["j-hydra-ppo"].gradients
+    assert by["ppo"].peak > by["lora-ppo"].peak > by["d-lora-ppo"].peak > by["hydra-ppo"].peak
+
+
+def test_parts_by_hand():
+    """A Llama whose weights are counted on paper."""
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    p = memory.plan(config, settings("hydra-ppo", lora_r=4), prompt_length=PROMPT)
+    attention = 32 * 32 * 2 + 32 * 16 * 2
+    mlp = 3 * 32 * 64
+    block = attention + mlp + 2 * 32
+    rotary = 2 * 4  # inv_freq and the copy of it, of head size 8
+    assert p.weights == 4 * (2 * 100 * 32 + 2 * block + 32 + rotary)
+    ranks = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    assert p.adapters == 4 * 2 * 2 * ranks
+    assert p.heads == 4 * 2 * 32
+    assert p.gradients == p.adapters + 4 * 32
+    assert p.optimizer == 2 * p.gradients
+    assert p.kv_cache == 4 * BATCH * (PROMPT + RESPONSE) * 2 * 2 * 2 * 8
+    assert p.prefix == 0
+    some = memory.plan(config, settings("hydra-ppo", lora_last_k=1), prompt_length=PROMPT)
+    assert some.prefix == 4 * BATCH * (PROMPT + RESPONSE) * 32
+
+
+def test_reuse_and_checkpointing_save_what_they_say():
+    config = wide("llama")
+    plain = memory.plan(config, settings("hydra-ppo"), prompt_length=64)
+    changes = {"gradient_checkpointing": True}
+    checkpointed = memory.plan(config, settings("hydra-ppo", **changes), prompt_length=64)
+    assert checkpointed.activations < 0.6 * plain.activations
+    upper = memory.plan(config, settings("hydra-ppo", lora_last_k=2), prompt_length=64)
+    assert upper.activations < 0.6 * plain.activations
+    bf16 = memory.plan(config, settings("hydra-ppo", dtype="bfloat16"), prompt_length=64)
+    assert bf16.weights == pytest.approx(plain.weights / 2, rel=0.01)
+
+
+def test_largest_batch_fits_and_one_more_does_not():
+    config = settings("hydra-ppo")
+    model_config = wide("llama")
+    budget = memory.plan(model_config, config, prompt_length=PROMPT).peak * 3
+
+    def peak(batch):
+        sized = settings(
+            "hydra-ppo",
+            per_device_train_batch_size=batch,
+            local_rollout_forward_batch_size=batch,
+        )
+        return memory.plan(model_config, sized, prompt_length=PROMPT).peak
+
+    best = memory.largest_batch(model_config, config, budget, prompt_length=PROMPT)
+    assert best > BATCH
+    # The line is exact up to a kernel's tile.
+    assert peak(best) <= budget * 1.01 < peak(best + 2) * 1.02
+    few = memory.largest_batch(model_config, config, peak(3) + 1, prompt_length=PROMPT)
+    assert few == 3
+    assert memory.largest_batch(model_config, config, 1, prompt_length=PROMPT) == 0
+
+
+def test_ledger_counts_storages_once():
+    ledger = memory.Ledger()
+    with ledger:
+        a = torch.empty(1000)
+        b = a.view(10, 100).t()
+        a.add_(1.0)
+        assert (ledger.live, ledger.peak) == (4000, 4000)
+        c = a + 1
+        del c
+        assert (ledger.live, ledger.peak) == (4000, 8000)
+        del a
+        assert ledger.live == 4000, "the view holds it"
+        del b
+        assert ledger.live == 0
+
+
+def test_phases_time_and_measure():
+    phases = Phases(torch.device("cpu"))
+    with phases("first"):
+        held = torch.ones(8 << 20)
+    with phases("second"):
+        pass
+    with phases("first"):
+        pass
+    metrics = phases.metrics()
+    assert metrics["time/first"] > 0
+    if reset_peak_resident() and resident()[0]:
+        assert metrics["memory/first_peak"] >= 32 << 20
+    del held
+    phases.clear()
+    assert phases.metrics() == {}
+
+
+def test_command(tmp_path, capsys):
+    model_config = CONFIGS["llama"]()
+    model_config.update({"num_hidden_layers": 1})
+    model_config.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--lora_r", "4", "--prompt_length", "16"]
+    chart = tmp_path / "plan.png"
+    assert cli.main([*arguments, "--card_gb", "2", "--chart", str(chart)]) == 0
+    printed = capsys.readouterr().out
+    for word in (*METHODS, "KV cache", "largest batch", "fits"):
+        assert word in printed
+    assert chart.read_bytes()[:4] == b"\x89PNG"
+    for bad, message in (
+        (["plan", str(tmp_path / "nothing")], "cannot read the configuration"),
+        ([*arguments, "--card_gb", "0.5"], "is not above reserve_gb"),
+        ([*arguments, "--chart", str(tmp_path / "no" / "x.png")], "there is no folder"),
+    ):
+        assert cli.main(bad) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    with pytest.raises(UserError, match="method must be one of"):
+        memory.plan(CONFIGS["llama"](), settings("grpo"))
