@@ -354,7 +354,7 @@ def _measure(
             yield record(row, "wrong", wrong)
     ms, host, failures = time_calls(calls, device, options.rounds)
     work = bench.work(shape, dtype, mode)
-    for row, call in calls.items():
+    for row in calls:
         if row in failures:
             yield record(row, "failed", failures[row])
             continue
@@ -366,7 +366,8 @@ def _measure(
             ms_p80=quantile(ms[row], 0.8),
             gb_per_s=work.bytes / median / 1e6 if work.bytes else None,
             tflop_per_s=work.flops / median / 1e9 if work.flops else None,
-            peak_mib=peak_mib(call, device) if getattr(bench, "MEMORY", False) else None,
+            # Of the call itself: a graph has its memory from its capture on.
+            peak_mib=peak_mib(rows[row], device) if getattr(bench, "MEMORY", False) else None,
             host_us=statistics.median(host[row]) if device == "cuda" else None,
             repeats=len(ms[row]),
             timing="graph" if as_graph else "events" if device == "cuda" else "wall",

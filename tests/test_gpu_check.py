@@ -64,7 +64,7 @@ def test_dry_run_of_every_part(tmp_path, check):
     assert {row["method"] for row in summary["ppo"]} == {
         "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"
     }  # fmt: skip
-    assert all(row["s/sample"] > 0 for row in summary["ppo"])
+    assert all(row["s/sample"] > 0 and row["planned GiB"] > 0 for row in summary["ppo"])
     assert "ppo_loss_fwd_kernel" in (out / "build.log").read_text()
     assert "tests collected" in (out / "tests.log").read_text()
     assert done.stdout.rstrip().splitlines()[-1].startswith("hydra-ppo")
@@ -230,8 +230,9 @@ def test_the_copy_follows_the_tree(check, tmp_path):
     (to / "b" / "_C.so").write_text("built in the copy")
     (root / "gone.py").unlink()
     (root / "a.py").write_text("new")
+    os.utime(root / "a.py", (0, 0))  # as a checkout of an older commit may leave it
     kept = (to / "b" / "c.py").stat().st_mtime_ns
     check.tree.copy(root, to, skip=[root / "out"])
     assert {str(p) for p in files_below(to)} == {"a.py", "b/c.py", "b/_C.so"}
-    assert (to / "a.py").read_text() == "new"
+    assert (to / "a.py").read_text() == "new" and (to / "a.py").stat().st_mtime > 0
     assert (to / "b" / "c.py").stat().st_mtime_ns == kept

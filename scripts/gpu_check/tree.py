@@ -37,7 +37,10 @@ def source_files(root: Path, skip: Iterable[Path] = ()) -> list[Path]:
 
 
 def copy(root: Path, to: Path, skip: Iterable[Path] = ()) -> None:
-    """Files that have not changed keep their time, so that a build in the copy is incremental."""
+    """Files that have not changed keep their time, so that a build in the copy is incremental.
+
+    One that has changed gets the present time, not its own, which may be older than the build.
+    """
     wanted = source_files(root, skip)
     for stale in set(source_files(to)) - set(wanted) if to.exists() else ():
         (to / stale).unlink()
@@ -46,7 +49,7 @@ def copy(root: Path, to: Path, skip: Iterable[Path] = ()) -> None:
         if target.exists() and filecmp.cmp(root / path, target, shallow=False):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / path, target)
+        shutil.copy(root / path, target)
 
 
 def commit(root: Path) -> str:
