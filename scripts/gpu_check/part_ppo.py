@@ -126,6 +126,9 @@ def measure_method(
         torch.cuda.empty_cache()
         # Models without optimizer state: that went with the warm-up's optimizer.
         figures["models_gib"] = (torch.cuda.memory_allocated() - before) / 2**30
+    else:
+        held = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
+        figures["models_gib"] = sum(held.values()) / 2**30
     metrics = one_step(full, models, tokenizer, prompts)
     phases = ("rollout", "score", "advantages", "update")
     figures |= {f"{name}_s": metrics[f"time/{name}"] for name in phases}
