@@ -1,0 +1,655 @@
+"""LoRA linear layers on a GPU: cuBLAS for the wide products, Triton for the small ones.
+
+shrink: s = gate * (drop(x) A^T). expand: y = drop(s B^T) + bias, to which cuBLAS then adds the wide
+product. contract: the sums of backward over rows and over columns, dS and dB in one read of dY and
+dA in one of x; it writes partial sums, which reduce adds in their order, so that nothing depends on
+timing. Blocks of rows with no adapter of a block of ranks skip its loads and products, one test a
+block and on the device: with every row off no adapter is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends.lora_plan import Plan, columns, concatenated, saves_s, split_columns
+from hydra_kernels.backends.reference import philox
+from hydra_kernels.backends.triton import runtime
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _kept(seed, rows, cols, num_cols, threshold, BLOCK: tl.constexpr):
+    """(rows, BLOCK) bool of the columns ``cols`` on, a multiple of 8: see reference/philox."""
+    key = tl.load(seed)
+    offset = tl.load(seed + 1)
+    groups_of_row = (num_cols + 7) // 8
+    group = rows.to(tl.int64)[:, None] * groups_of_row + (
+        cols // 8 + tl.arange(0, BLOCK // 8)[None, :]
+    )
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    zero = low * 0
+    c2 = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zero + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, low, high, c2, c3)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    draws = tl.interleave(words & 0xFFFF, words >> 16)
+    return draws.to(tl.int32) >= threshold
+
+
+@triton.jit
+def _gate(ids, rows, inside, rows_per_id, owner, scale, offs_r, r_inside, HAS_IDS: tl.constexpr):
+    """(rows, ranks) float32: each column's scale where its adapter is on."""
+    factor = tl.load(scale + offs_r, mask=r_inside, other=0.0)
+    if HAS_IDS:
+        id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+        owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
+        return tl.where(id_of_row[:, None] == owner_of_rank[None, :], factor[None, :], 0.0)
+    return tl.where(inside[:, None], factor[None, :], 0.0)
+
+
+@triton.jit
+def lora_linear_shrink_kernel(
+    x,  # (M, C)
+    f,  # (C, R)
+    s,  # (M, R)
+    ids,
+    owner,  # (R,)
+    scale,  # (R,)
+    seed,  # (2,) int64
+    num_rows,
+    num_cols,
+    num_ranks,
+    stride_fc,
+    stride_fr,
+    rows_per_id,
+    threshold,
+    HAS_IDS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < num_rows
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_inside = offs_r < num_ranks
+    gate = _gate(ids, rows, inside, rows_per_id, owner, scale, offs_r, r_inside, HAS_IDS)
+    total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if tl.max(tl.max(tl.abs(gate), axis=1), axis=0) > 0.0:
+        for start in range(0, num_cols, BLOCK_C):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            c_inside = offs_c < num_cols
+            wide = tl.load(
+                x + rows[:, None] * num_cols + offs_c[None, :],
+                mask=inside[:, None] & c_inside[None, :],
+                other=0.0,
+            )
+            if HAS_DROPOUT:
+                keep = _kept(seed, rows, start, num_cols, threshold, BLOCK_C)
+                wide = tl.where(keep, wide, 0.0)
+            factor = tl.load(
+                f + offs_c[:, None] * stride_fc + offs_r[None, :] * stride_fr,
+                mask=c_inside[:, None] & r_inside[None, :],
+                other=0.0,
+            ).to(wide.dtype)
+            total = tl.dot(wide, factor, total, input_precision="ieee")
+    tl.store(
+        s + rows[:, None] * num_ranks + offs_r[None, :],
+        total * gate,
+        mask=inside[:, None] & r_inside[None, :],
+    )
+
+
+@triton.jit
+def lora_linear_expand_kernel(
+    s,  # (M, ld) of which R columns from `s` on
+    f,  # (C, R)
+    bias,  # (C,)
+    y,  # (M, C)
+    ids,
+    owner,
+    seed,
+    num_rows,
+    num_cols,
+    num_ranks,
+    stride_s,
+    stride_fc,
+    stride_fr,
+    rows_per_id,
+    threshold,
+    HAS_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < num_rows
+    start = tl.program_id(1) * BLOCK_C
+    offs_c = start + tl.arange(0, BLOCK_C)
+    c_inside = offs_c < num_cols
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for r in range(0, num_ranks, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        r_inside = offs_r < num_ranks
+        any_on = 1
+        if HAS_IDS:
+            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
+            on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
+            any_on = tl.max(tl.max(on, axis=1), axis=0)
+        if any_on > 0:
+            small = tl.load(
+                s + rows[:, None] * stride_s + offs_r[None, :],
+                mask=inside[:, None] & r_inside[None, :],
+                other=0.0,
+            )
+            factor = tl.load(
+                f + offs_c[None, :] * stride_fc + offs_r[:, None] * stride_fr,
+                mask=r_inside[:, None] & c_inside[None, :],
+                other=0.0,
+            ).to(small.dtype)
+            total = tl.dot(small, factor, total, input_precision="ieee")
+    if HAS_DROPOUT:
+        keep = _kept(seed, rows, start, num_cols, threshold, BLOCK_C)
+        total = tl.where(keep, total, 0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + offs_c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + rows[:, None] * num_cols + offs_c[None, :],
+        total,
+        mask=inside[:, None] & c_inside[None, :],
+    )
+
+
+@triton.jit
+def lora_linear_contract_kernel(
+    x,  # (M, C)
+    f,  # (C, R)
+    s,  # (M, ld) of which R columns from `s` on
+    over_cols,  # (blocks of C, M, R) float32: parts of x f
+    over_rows,  # (chunks of M, C, R) float32: parts of drop(x)^T s
+    ids,
+    owner,
+    seed,
+    num_rows,
+    num_cols,
+    num_ranks,
+    stride_s,
+    stride_fc,
+    stride_fr,
+    rows_per_id,
+    chunk,  # rows of a program, a multiple of BLOCK_M
+    threshold,
+    OVER_COLS: tl.constexpr,
+    OVER_ROWS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    pid_c = tl.program_id(0)
+    pid_m = tl.program_id(1).to(tl.int64)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside = offs_c < num_cols
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_inside = offs_r < num_ranks
+    if HAS_IDS:
+        owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
+    if OVER_COLS:
+        factor = tl.load(
+            f + offs_c[:, None] * stride_fc + offs_r[None, :] * stride_fr,
+            mask=c_inside[:, None] & r_inside[None, :],
+            other=0.0,
+        ).to(x.dtype.element_ty)
+    total = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    for start in range(0, chunk, BLOCK_M):
+        rows = pid_m * chunk + start + tl.arange(0, BLOCK_M)
+        inside = rows < num_rows
+        any_on = 1
+        if HAS_IDS:
+            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
+            any_on = tl.max(tl.max(on, axis=1), axis=0)
+        part = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        if any_on > 0:
+            wide = tl.load(
+                x + rows[:, None] * num_cols + offs_c[None, :],
+                mask=inside[:, None] & c_inside[None, :],
+                other=0.0,
+            )
+            if OVER_COLS:
+                part = tl.dot(wide, factor, part, input_precision="ieee")
+            if OVER_ROWS:
+                small = tl.load(
+                    s + rows[:, None] * stride_s + offs_r[None, :],
+                    mask=inside[:, None] & r_inside[None, :],
+                    other=0.0,
+                )
+                if HAS_DROPOUT:
+                    keep = _kept(seed, rows, pid_c * BLOCK_C, num_cols, threshold, BLOCK_C)
+                    wide = tl.where(keep, wide, 0.0)
+                total = tl.dot(tl.trans(wide), small, total, input_precision="ieee")
+        if OVER_COLS:
+            at = pid_c.to(tl.int64) * num_rows + rows
+            tl.store(
+                over_cols + at[:, None] * num_ranks + offs_r[None, :],
+                part,
+                mask=inside[:, None] & r_inside[None, :],
+            )
+    if OVER_ROWS:
+        at = pid_m * num_cols + offs_c
+        tl.store(
+            over_rows + at[:, None] * num_ranks + offs_r[None, :],
+            total,
+            mask=c_inside[:, None] & r_inside[None, :],
+        )
+
+
+@triton.jit
+def lora_linear_reduce_kernel(
+    parts,  # (P, rows, R) float32
+    out,
+    ids,
+    owner,
+    scale,
+    num_parts,
+    num_rows,
+    num_ranks,
+    stride_row,
+    stride_rank,
+    rows_per_id,
+    GATED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums the parts in their order; gated, times each rank's scale where its adapter is on."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = num_rows.to(tl.int64) * num_ranks
+    inside = offs < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + part * size + offs, mask=inside, other=0.0)
+    row = offs // num_ranks
+    rank = offs % num_ranks
+    if GATED:
+        total *= tl.load(scale + rank, mask=inside, other=0.0)
+        if HAS_IDS:
+            id_of_row = tl.load(ids + row // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            on = id_of_row == tl.load(owner + rank, mask=inside, other=-2).to(tl.int32)
+            total = tl.where(on, total, 0.0)
+    tl.store(out + row * stride_row + rank * stride_rank, total, mask=inside)
+
+
+def unsupported(*tensors: Tensor | None) -> list[str]:
+    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype(_DTYPES, *tensors)]
+
+
+def _rank_block(ranks: int) -> int:
+    return min(max(triton.next_power_of_2(ranks), 16), 64)
+
+
+def _shrink_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
+    wide = 64 if dtype == torch.float32 else 128
+    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": _rank_block(ranks), "num_warps": 4}
+
+
+def _expand_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
+    return {"BLOCK_M": 64, "BLOCK_C": 128, "BLOCK_R": _rank_block(ranks), "num_warps": 4}
+
+
+def _contract_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
+    block = _rank_block(ranks)
+    # As many columns as their sums leave registers for: each column block costs a part of dS.
+    wide = {16: 256, 32: 128, 64: 128}[block] // (2 if dtype == torch.float32 else 1)
+    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 8}
+
+
+class _Gates:
+    """The tensors that say which rank runs on which row."""
+
+    def __init__(self, plan: Plan, ranks: Sequence[int], ids: Tensor | None, x: Tensor) -> None:
+        self.owner, self.scale = columns(plan, tuple(ranks), torch.float32, x.device)
+        self.ids = None if ids is None or ids.numel() == 0 else ids.contiguous()
+        count = 1 if self.ids is None else self.ids.numel()
+        self.rows_per_id = max(x.shape[0] // count, 1)
+
+    def ranks(self, start: int, stop: int) -> _Gates:
+        part = _Gates.__new__(_Gates)
+        part.owner, part.scale = self.owner[start:stop], self.scale[start:stop]
+        part.ids, part.rows_per_id = self.ids, self.rows_per_id
+        return part
+
+
+def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | None) -> Tensor:
+    """(M, R) in x's dtype, without the factor of dropout."""
+    m, k = x.shape
+    ranks = a.shape[0]
+    s = x.new_empty((m, ranks))
+    if s.numel() == 0:
+        return s
+    config = _shrink_config(ranks, x.dtype)
+    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(ranks, config["BLOCK_R"]))
+    lora_linear_shrink_kernel[grid](
+        x,
+        a,
+        s,
+        gates.ids,
+        gates.owner,
+        gates.scale,
+        seed,
+        m,
+        k,
+        ranks,
+        a.stride(1),
+        a.stride(0),
+        gates.rows_per_id,
+        philox.threshold(dropout),
+        HAS_IDS=gates.ids is not None,
+        HAS_DROPOUT=dropout > 0.0,
+        **config,
+    )
+    return s
+
+
+def _expand(
+    s: Tensor,  # (M, R), rows apart by its stride
+    factor: Tensor,  # (C, R)
+    bias: Tensor | None,
+    gates: _Gates,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    m, c = s.shape[0], factor.shape[0]
+    y = s.new_empty((m, c))
+    if y.numel() == 0:
+        return y
+    config = _expand_config(s.shape[1], s.dtype)
+    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(c, config["BLOCK_C"]))
+    lora_linear_expand_kernel[grid](
+        s,
+        factor,
+        bias,
+        y,
+        gates.ids,
+        gates.owner,
+        seed,
+        m,
+        c,
+        s.shape[1],
+        s.stride(0),
+        factor.stride(0),
+        factor.stride(1),
+        gates.rows_per_id,
+        philox.threshold(dropout),
+        HAS_IDS=gates.ids is not None,
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=dropout > 0.0,
+        **config,
+    )
+    return y
+
+
+_PROGRAMS = 264  # two waves of an H200's 132 multiprocessors
+
+
+def _contract(
+    x: Tensor,  # (M, C)
+    factor: Tensor | None,  # (C, R), for the sums over columns
+    s: Tensor | None,  # (M, R), for the sums over rows
+    gates: _Gates,
+    ranks: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Parts of x factor (P, M, R) and of drop(x)^T s (P, C, R), float32."""
+    m, c = x.shape
+    config = _contract_config(ranks, x.dtype)
+    col_blocks = triton.cdiv(c, config["BLOCK_C"])
+    rank_blocks = triton.cdiv(ranks, config["BLOCK_R"])
+    row_blocks = triton.cdiv(m, config["BLOCK_M"])
+    chunks = min(row_blocks, max(1, _PROGRAMS // max(col_blocks * rank_blocks, 1)))
+    blocks_of_chunk = triton.cdiv(row_blocks, max(chunks, 1))
+    chunks = triton.cdiv(row_blocks, max(blocks_of_chunk, 1))
+    over_cols = None if factor is None else x.new_empty((col_blocks, m, ranks), dtype=torch.float32)
+    over_rows = None if s is None else x.new_empty((chunks, c, ranks), dtype=torch.float32)
+    if m * c * ranks > 0:
+        lora_linear_contract_kernel[(col_blocks, chunks, rank_blocks)](
+            x,
+            factor,
+            s,
+            over_cols,
+            over_rows,
+            gates.ids,
+            gates.owner,
+            seed,
+            m,
+            c,
+            ranks,
+            0 if s is None else s.stride(0),
+            0 if factor is None else factor.stride(0),
+            0 if factor is None else factor.stride(1),
+            gates.rows_per_id,
+            blocks_of_chunk * config["BLOCK_M"],
+            philox.threshold(dropout),
+            OVER_COLS=factor is not None,
+            OVER_ROWS=s is not None,
+            HAS_IDS=gates.ids is not None,
+            HAS_DROPOUT=dropout > 0.0,
+            **config,
+        )
+    return over_cols, over_rows
+
+
+def _reduce(parts: Tensor, out: Tensor, gates: _Gates | None) -> Tensor:
+    """Sums (P, rows, R) into out (rows, R), of any strides and dtype."""
+    rows, ranks = out.shape
+    if parts.shape[0] == 0:
+        return out.zero_()
+    if out.numel() == 0:
+        return out
+    gated = gates is not None
+    has_ids = gated and gates.ids is not None
+    block = 512
+    lora_linear_reduce_kernel[(triton.cdiv(rows * ranks, block),)](
+        parts,
+        out,
+        gates.ids if has_ids else None,
+        gates.owner if gated else None,
+        gates.scale if gated else None,
+        parts.shape[0],
+        rows,
+        ranks,
+        out.stride(0),
+        out.stride(1),
+        gates.rows_per_id if gated else 1,
+        GATED=gated,
+        HAS_IDS=has_ids,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+def _grown(plan: Plan) -> Plan:
+    """With the factor of dropout in the scales."""
+    if plan.dropout == 0.0:
+        return plan
+    grown = 1.0 / max(1.0 - plan.dropout, 2.0**-32)
+    return plan._replace(scales=tuple(scale * grown for scale in plan.scales))
+
+
+def fwd(
+    x: Tensor,  # (M, K)
+    weights: Sequence[Tensor],  # (N_p, K) for each projection
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],  # (R_j, K) for each adapter
+    b: Sequence[Tensor],  # (N_p, R_j)
+    plan: Plan,
+    ids: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Returns y (M, N_p) for each projection, and s (M, sum R) to save."""
+    x = x.contiguous()
+    gates = _Gates(_grown(plan), [t.shape[0] for t in a], ids, x)
+    ys = []
+    start = 0
+    with launch.on_device(x):
+        s = _shrink(x, concatenated(a, 0), gates, plan.dropout, seed)
+        for p, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            factor = concatenated(plan.of_projection(b, p), 1)
+            stop = start + factor.shape[1]
+            bias = None if bias is None else bias.contiguous()
+            y = _expand(s[:, start:stop], factor, bias, gates.ranks(start, stop), 0.0, None)
+            ys.append(_add_product(y, x, weight.t()))
+            start = stop
+    return ys, s if saves_s("triton", x.dtype) else None
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if y.device.type == "cpu" and y.dtype == torch.float16:  # interpreted: torch sums these in half
+        return y.copy_(y.float().addmm_(x.float(), weight.float()))
+    return y.addmm_(x, weight)
+
+
+def bwd(
+    dys: Sequence[Tensor | None],  # (M, N_p)
+    x: Tensor,
+    s: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: Plan,
+    ids: Tensor | None,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Returns dx and the gradients of the adapters, None where not asked for."""
+    x = x.contiguous()
+    ranks = [t.shape[0] for t in a]
+    gates = _Gates(_grown(plan), ranks, ids, x)
+    factor_a = concatenated(a, 0)
+    das: list[Tensor | None] = [None] * len(a)
+    dbs: list[Tensor | None] = [None] * len(b)
+    dx: Tensor | None = None
+    with launch.on_device(x):
+        if s is None and need_b:
+            s = _shrink(x, factor_a, gates, plan.dropout, seed)
+        ds = x.new_empty((x.shape[0], sum(ranks)))
+        start = j = 0
+        for p, dy in enumerate(dys):
+            mine = plan.of_projection(b, p)
+            mine_ranks = [t.shape[1] for t in mine]
+            stop = start + sum(mine_ranks)
+            here = gates.ranks(start, stop)
+            if dy is None:
+                ds[:, start:stop].zero_()
+                grads = [torch.zeros_like(t) if need_b else None for t in mine]
+            else:
+                over_cols, over_rows = _contract(
+                    dy.contiguous(),
+                    concatenated(mine, 1) if need_a or need_x else None,
+                    s[:, start:stop] if need_b else None,
+                    here,
+                    stop - start,
+                    0.0,
+                    None,
+                )
+                if over_cols is not None:
+                    _reduce(over_cols, ds[:, start:stop], here)
+                grads = [None] * len(mine)
+                if over_rows is not None:
+                    db = mine[0].new_empty((dy.shape[1], stop - start))
+                    grads = list(split_columns(_reduce(over_rows, db, None), mine_ranks))
+            dbs[j : j + len(mine)] = grads
+            start = stop
+            j += len(mine)
+        if need_a:
+            _, over_rows = _contract(x, None, ds, gates, sum(ranks), plan.dropout, seed)
+            da = a[0].new_empty((sum(ranks), x.shape[1]))
+            _reduce(over_rows, da.t(), None)
+            das = list(da.split(ranks))
+        if need_x:
+            dx = _expand(ds, factor_a.t(), None, gates, plan.dropout, seed)
+            for dy, weight in zip(dys, weights, strict=True):
+                if dy is not None:
+                    dx = _add_product(dx, dy, weight)
+    return dx, das, dbs
+
+
+def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """The kernels as they are launched for one adapter of rank 16 and 64, for compile_check."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for rank in (16, 64):
+            for ids, dropout in ((True, False), (True, True)):
+                label = f"{name} R={rank}{' dropout' if dropout else ''}"
+                wide, small = f"*{name}:16", {"ids": "*i64:16", "owner": "*i64:16"}
+                common = {**small, "seed": "*i64:16"}
+                sizes = {
+                    **dict.fromkeys(("num_rows", "num_cols", "num_ranks"), "i32:16"),
+                    "rows_per_id": "i32",
+                    "threshold": "i32",
+                }
+                flags = {"HAS_IDS": ids, "HAS_DROPOUT": dropout}
+                expects = ("wide_loads",) if dtype == torch.float32 else ("tensor_cores",)
+
+                config = _shrink_config(rank, dtype)
+                warps = config.pop("num_warps")
+                # A^T: columns are next to each other
+                strides = {"stride_fr": "i32:16"}
+                yield (
+                    lora_linear_shrink_kernel,
+                    {"x": wide, "f": wide, "s": wide, "scale": "*fp32:16"}
+                    | common | sizes | strides,
+                    {**flags, **config, "stride_fc": 1},
+                    {"label": label, "num_warps": warps, "expects": expects},
+                )  # fmt: skip
+
+                config = _expand_config(rank, dtype)
+                warps = config.pop("num_warps")
+                yield (
+                    lora_linear_expand_kernel,
+                    {"s": wide, "f": wide, "bias": wide, "y": wide}
+                    | common | sizes | {"stride_s": "i32:16", "stride_fc": "i32:16"},
+                    {**flags, **config, "HAS_BIAS": True, "stride_fr": 1},
+                    {"label": label, "num_warps": warps, "expects": expects},
+                )  # fmt: skip
+
+                config = _contract_config(rank, dtype)
+                warps = config.pop("num_warps")
+                both = not dropout  # dS and dB; with dropout, dA
+                yield (
+                    lora_linear_contract_kernel,
+                    {"x": wide, "f": wide, "s": wide, "over_cols": "*fp32:16"}
+                    | {"over_rows": "*fp32:16", "stride_s": "i32:16", "stride_fc": "i32:16"}
+                    | common | sizes | {"chunk": "i32:16"},
+                    {**flags, **config, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
+                    {"label": label, "num_warps": warps, "expects": expects},
+                )  # fmt: skip
+        yield (
+            lora_linear_reduce_kernel,
+            {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
+            | {"scale": "*fp32:16", "num_parts": "i32", "num_rows": "i32:16"}
+            | {"num_ranks": "i32:16", "stride_row": "i32:16", "rows_per_id": "i32"},
+            {"GATED": True, "HAS_IDS": True, "BLOCK": 512, "stride_rank": 1},
+            {"label": name, "num_warps": 4},
+        )
+
+
+for _op in ("lora_linear", "lora_linear_group"):
+    registry.register(
+        _op, "triton", registry.Kernel(fwd, bwd, unsupported, missing=runtime.missing)
+    )
