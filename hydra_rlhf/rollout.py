@@ -322,3 +322,12 @@ def _plain_generation_config(causal_lm):
         yield
     finally:
         causal_lm.generation_config = saved
+
+
+def __getattr__(name: str) -> Any:
+    # The engine builds on this module, so it is imported when it is asked for.
+    if name == "RolloutEngine":
+        from hydra_rlhf.engine import RolloutEngine
+
+        return RolloutEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
