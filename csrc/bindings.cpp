@@ -41,5 +41,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_whiten_moments_cuda", &hydra::cuda::masked_whiten_moments, release_gil());
   m.def("masked_whiten_fwd_cuda", &hydra::cuda::masked_whiten_fwd, release_gil());
   m.def("advantages_fwd_cuda", &hydra::cuda::advantages_fwd, release_gil());
+  m.def("linear_logprob_sums_cuda", &hydra::cuda::linear_logprob_sums, release_gil());
+  m.def("linear_logprob_finish_cuda", &hydra::cuda::linear_logprob_finish, release_gil());
+  m.def("linear_logprob_grads_cuda", &hydra::cuda::linear_logprob_grads, release_gil());
 #endif
 }

@@ -50,4 +50,25 @@ void advantages_fwd(
     std::uintptr_t returns, std::uintptr_t partial, std::uintptr_t ticket, std::uintptr_t moments,
     int device, std::uintptr_t stream);
 
+// Adds a block of logits, hidden W^T, to the sums (LogprobSum, stride) of its rows. dtype: 0
+// float32, 1 float16, 2 bfloat16.
+void linear_logprob_sums(
+    std::uintptr_t products, std::uintptr_t ref_products, int dtype, std::int64_t row_stride,
+    std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
+    std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::int64_t ignore_index,
+    std::uintptr_t sums, std::int64_t stride, int device, std::uintptr_t stream);
+void linear_logprob_finish(
+    std::uintptr_t sums, std::uintptr_t targets, std::int64_t ignore_index, std::int64_t vocabulary,
+    std::int64_t num_rows, bool has_ref, std::uintptr_t results, std::uintptr_t norms, int device,
+    std::uintptr_t stream);
+// The gradient of a block of logits, in out_dtype; upstream (4, stride): of logprobs, entropy,
+// logsumexp, kl.
+void linear_logprob_grads(
+    std::uintptr_t products, std::uintptr_t ref_products, int dtype, std::int64_t row_stride,
+    std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
+    std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::int64_t ignore_index,
+    std::uintptr_t norms, std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream,
+    std::int64_t stride, std::uintptr_t dlogits, int out_dtype, std::int64_t dlogits_stride,
+    int device, std::uintptr_t stream);
+
 }  // namespace hydra::cuda
