@@ -19,12 +19,13 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
 SHAPES = {
     "cpu": [
         Shape({"B": 8, "T": 64}, "a minibatch of the demo: launching costs more than computing"),
-        Shape({"B": 64, "T": 512}, "a minibatch of short responses, within the caches", quick=True),
+        Shape({"B": 64, "T": 1024}, "a minibatch, within the caches", quick=True),
         Shape({"B": 512, "T": 1024}, "a whole batch, past the caches"),
     ],
     "cuda": [
         Shape({"B": 8, "T": 512}, "a minibatch: launching costs more than computing", quick=True),
         Shape({"B": 64, "T": 1024}, "a batch, within the L2"),
+        Shape({"B": 512, "T": 4096}, "a large batch, about the size of an L2"),
         Shape({"B": 4096, "T": 2048}, "past the L2: what memory gives", quick=True),
     ],
 }

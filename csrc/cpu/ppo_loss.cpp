@@ -7,6 +7,9 @@
 
 #include "cpu/entries.h"
 #include "cpu/multiversion.h"
+#include "cpu/parallel.h"
+#include "hydra/pointer.h"
+#include "hydra/where.h"
 
 namespace hydra::cpu {
 namespace {
@@ -15,8 +18,6 @@ namespace {
 // the number of threads nor on their timing. Blocks of 512 were measured twice as far from float64
 // as torch's pairwise sum, blocks of 128 as near.
 constexpr std::int64_t kBlock = 128;
-// Below this many tokens a parallel region costs more than it saves.
-constexpr std::int64_t kParallelTokens = 16384;
 
 struct Inputs {
   const float *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *entropy, *kl;
@@ -29,60 +30,66 @@ struct Sums {
   float sum[kNumPPOSums];
 };
 
-inline float where(bool keep, float x) {
-  return keep ? x : 0.0f;
+// What counts of a block's tokens, and 0 in the place of what does not, so that NaN there cannot
+// enter. The formulas then run over floats alone: with masks among them, vectors of bytes and of
+// floats have to be converted into each other at every step.
+inline void keep_counted(
+    const float* x, const std::uint8_t* mask, std::int64_t length, float* kept) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < length; ++i) kept[i] = where(mask[i] != 0, x[i]);
 }
 
-inline Sums block_sums(const Inputs in, std::int64_t begin, std::int64_t end) {
+inline float sum_counted(const float* x, const std::uint8_t* mask, std::int64_t length) {
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t i = 0; i < length; ++i) total += where(mask[i] != 0, x[i]);
+  return total;
+}
+
+inline Sums block_sums(const Inputs in, std::int64_t begin, std::int64_t length) {
   return multiversion([=] {
+    // GCC keeps reductions in vectors where they are locals, not where they are array elements.
     float policy_loss = 0, value_loss = 0, entropy = 0, kl = 0, approx_kl = 0, clipped = 0;
     float value_clipped = 0, ratio = 0, count = 0;
-    const std::uint8_t* mask = in.mask;
+    alignas(64) float weight[kBlock], first[kBlock], second[kBlock], third[kBlock];
+    const std::int64_t n = length;
+    const std::uint8_t* mask = in.mask + begin;
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) weight[i] = where(mask[i] != 0, 1.0f);
 #pragma omp simd reduction(+ : count)
-    for (std::int64_t i = begin; i < end; ++i) count += static_cast<float>(mask[i]);
+    for (std::int64_t i = 0; i < n; ++i) count += weight[i];
     if (in.logprobs != nullptr) {
-      const float *logprobs = in.logprobs, *old_logprobs = in.old_logprobs;
-      const float* advantages = in.advantages;
-      float* dlogprobs = in.dlogprobs;
+      keep_counted(in.logprobs + begin, mask, n, first);
+      keep_counted(in.old_logprobs + begin, mask, n, second);
+      keep_counted(in.advantages + begin, mask, n, third);
+      float* dlogprobs = in.dlogprobs + begin;
       const float cliprange = in.cliprange;
 #pragma omp simd reduction(+ : policy_loss, approx_kl, clipped, ratio)
-      for (std::int64_t i = begin; i < end; ++i) {
-        const bool keep = mask[i] != 0;
-        const PolicyLoss token = ppo_policy_loss(
-            where(keep, logprobs[i]), where(keep, old_logprobs[i]), where(keep, advantages[i]),
-            cliprange);
-        dlogprobs[i] = where(keep, token.dlogprob);
-        policy_loss += where(keep, token.loss);
-        approx_kl += where(keep, token.approx_kl);
-        clipped += where(keep, token.clipped);
-        ratio += where(keep, token.ratio);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const PolicyLoss token = ppo_policy_loss(first[i], second[i], third[i], cliprange);
+        dlogprobs[i] = token.dlogprob;  // 0 where masked: the advantage is
+        policy_loss += token.loss;
+        approx_kl += token.approx_kl;
+        clipped += token.clipped;
+        ratio += weight[i] * token.ratio;  // 1 where masked
       }
     }
     if (in.values != nullptr) {
-      const float *values = in.values, *old_values = in.old_values, *returns = in.returns;
-      float* dvalues = in.dvalues;
+      keep_counted(in.values + begin, mask, n, first);
+      keep_counted(in.old_values + begin, mask, n, second);
+      keep_counted(in.returns + begin, mask, n, third);
+      float* dvalues = in.dvalues + begin;
       const float cliprange_value = in.cliprange_value;
 #pragma omp simd reduction(+ : value_loss, value_clipped)
-      for (std::int64_t i = begin; i < end; ++i) {
-        const bool keep = mask[i] != 0;
-        const ValueLoss token = ppo_value_loss(
-            where(keep, values[i]), where(keep, old_values[i]), where(keep, returns[i]),
-            cliprange_value);
-        dvalues[i] = where(keep, token.dvalue);
-        value_loss += where(keep, token.loss);
-        value_clipped += where(keep, token.clipped);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const ValueLoss token = ppo_value_loss(first[i], second[i], third[i], cliprange_value);
+        dvalues[i] = token.dvalue;
+        value_loss += token.loss;
+        value_clipped += token.clipped;
       }
     }
-    if (in.entropy != nullptr) {
-      const float* entropies = in.entropy;
-#pragma omp simd reduction(+ : entropy)
-      for (std::int64_t i = begin; i < end; ++i) entropy += where(mask[i] != 0, entropies[i]);
-    }
-    if (in.kl != nullptr) {
-      const float* kls = in.kl;
-#pragma omp simd reduction(+ : kl)
-      for (std::int64_t i = begin; i < end; ++i) kl += where(mask[i] != 0, kls[i]);
-    }
+    if (in.entropy != nullptr) entropy = sum_counted(in.entropy + begin, mask, n);
+    if (in.kl != nullptr) kl = sum_counted(in.kl + begin, mask, n);
     Sums out;
     out.sum[kPolicyLoss] = policy_loss;
     out.sum[kValueLoss] = value_loss;
@@ -95,11 +102,6 @@ inline Sums block_sums(const Inputs in, std::int64_t begin, std::int64_t end) {
     out.sum[kCount] = count;
     return out;
   });
-}
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 }  // namespace
@@ -130,7 +132,7 @@ void ppo_loss_fwd(
 #pragma omp parallel for schedule(static) if (num_tokens >= kParallelTokens)
   for (std::int64_t block = 0; block < num_blocks; ++block) {
     const std::int64_t begin = block * kBlock;
-    sums[block] = block_sums(in, begin, std::min(begin + kBlock, num_tokens));
+    sums[block] = block_sums(in, begin, std::min(kBlock, num_tokens - begin));
   }
   double total[kNumPPOSums] = {};
   for (const Sums& block : partial) {

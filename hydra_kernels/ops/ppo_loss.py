@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,10 +128,9 @@ def ppo_loss(
         )
         return PPOLoss(*out)
     dense = [t if t is None else t.contiguous() for t in (*wide.values(), mask)]
-    if torch.compiler.is_compiling():
-        stats = torch.ops.hydra.ppo_loss_fwd(*dense, *coefs, chosen)[0]
-    else:
-        stats = _PPOLoss.apply(*dense, *coefs, chosen)
+    if not torch.compiler.is_compiling():
+        return PPOLoss(*_PPOLoss.apply(*dense, *coefs, chosen))
+    stats = torch.ops.hydra.ppo_loss_fwd(*dense, *coefs, chosen)[0]
     loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
     return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
 
@@ -168,8 +168,19 @@ def _check(
         raise ValueError(f"{_OP}: cliprange_value must be > 0, got {cliprange_value}")
 
 
+def _weight(share: Tensor, *terms: tuple[float, Tensor | None]) -> Tensor:
+    """What multiplies each token: the upstream gradients by their coefficients, over the count."""
+    total = None
+    for coef, upstream in terms:
+        if upstream is None or coef == 0.0:
+            continue
+        term = upstream if coef == 1.0 else coef * upstream
+        total = term if total is None else total + term
+    return torch.zeros_like(share) if total is None else total * share
+
+
 def _grads(
-    grad_stats: Tensor,  # (10,) upstream, of the statistics in PPOLoss's order
+    upstream: Sequence[Tensor | None],  # of loss, policy_loss, value_loss, entropy and kl
     stats: Tensor,  # (10,) the last one is 1 / count
     dlogprobs: Tensor | None,  # (B, T) derivative of each token's policy loss; 0 where masked
     dvalues: Tensor | None,
@@ -180,17 +191,17 @@ def _grads(
     wanted: tuple[bool, bool, bool, bool],  # logprobs, values, entropy, kl
 ) -> tuple[Tensor | None, ...]:
     """Everything is linear in the upstream scalars, so that backward only scales."""
-    g_loss, g_policy, g_value, g_entropy, g_kl = grad_stats.unbind(0)[:5]
+    g_loss, g_policy, g_value, g_entropy, g_kl = upstream
     share = stats[9]
     out: list[Tensor | None] = [None, None, None, None]
     if wanted[0] and dlogprobs is not None:
-        out[0] = dlogprobs * ((g_loss + g_policy) * share)
+        out[0] = dlogprobs * _weight(share, (1.0, g_loss), (1.0, g_policy))
     if wanted[1] and dvalues is not None:
-        out[1] = dvalues * ((vf_coef * g_loss + g_value) * share)
+        out[1] = dvalues * _weight(share, (vf_coef, g_loss), (1.0, g_value))
     if wanted[2]:
-        out[2] = mask * ((g_entropy - ent_coef * g_loss) * share)
+        out[2] = mask * _weight(share, (-ent_coef, g_loss), (1.0, g_entropy))
     if wanted[3]:
-        out[3] = mask * ((g_kl + kl_coef * g_loss) * share)
+        out[3] = mask * _weight(share, (kl_coef, g_loss), (1.0, g_kl))
     return tuple(out)
 
 
@@ -203,13 +214,17 @@ class _PPOLoss(torch.autograd.Function):
         )
         ctx.save_for_backward(stats, dlogprobs, dvalues, mask)
         ctx.coefs = (vf_coef, ent_coef, kl_coef)
-        return stats
+        # Upstream gradients that are not there stay None: no launches to make and add zeros.
+        ctx.set_materialize_grads(False)
+        means = stats.unbind(0)[:9]
+        ctx.mark_non_differentiable(*means[5:])
+        return means
 
     @staticmethod
-    def backward(ctx, grad_stats):
+    def backward(ctx, *upstream):
         need = ctx.needs_input_grad
         wanted = (need[0], need[1], need[6], need[7])
-        d = _grads(grad_stats, *ctx.saved_tensors, *ctx.coefs, wanted)
+        d = _grads(upstream[:5], *ctx.saved_tensors, *ctx.coefs, wanted)
         return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
 
 
@@ -278,7 +293,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_stats, _dlogprobs, _dvalues):
     need = ctx.needs_input_grad
     wanted = (need[0], need[1], need[6], need[7])
-    d = _grads(grad_stats, *ctx.saved_tensors, *ctx.coefs, wanted)
+    d = _grads(grad_stats.unbind(0)[:5], *ctx.saved_tensors, *ctx.coefs, wanted)
     return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
 
 

@@ -12,16 +12,15 @@
 
 namespace hydra {
 
-// exp(x) for x in [-87, 88]; 0 below that range (no denormals), exp(88) above it, NaN for NaN.
-HYDRA_HOST_DEVICE float fast_exp(float x) {
+// exp(x) for x in [-87, 88] and nowhere else.
+HYDRA_HOST_DEVICE float fast_exp_in_range(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
-  const float clamped = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum.
-  const float shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
+  float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -35,12 +34,23 @@ HYDRA_HOST_DEVICE float fast_exp(float x) {
   bits = static_cast<std::int32_t>(static_cast<std::uint32_t>(bits) << 23) + 0x3f800000;
   float scale;  // 2^n
   std::memcpy(&scale, &bits, sizeof(scale));
-  return x < -87.0f ? 0.0f : p * scale;
+  return p * scale;
 #endif
 }
 
-// tanh(x), by exp(2x) - 1 so that small x keep their digits: relative error 1.8e-7 at most, measured
-// against long double. On the device it is CUDA's tanhf.
+// exp(x) for x in [-87, 88]; 0 below that range (no denormals), exp(88) above it, NaN for NaN.
+HYDRA_HOST_DEVICE float fast_exp(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  const float clamped = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
+  const float inside = fast_exp_in_range(clamped);
+  return x < -87.0f ? 0.0f : inside;
+#endif
+}
+
+// tanh(x), by exp(2x) - 1 so that small x keep their digits: relative error 1.8e-7 at most,
+// measured against long double. On the device it is CUDA's tanhf.
 HYDRA_HOST_DEVICE float fast_tanh(float x) {
 #ifdef __CUDA_ARCH__
   return tanhf(x);

@@ -3,6 +3,8 @@
 // Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7 (negated, so that it is minimised), and the
 // clipped value loss of the same authors' code: 0.5 max((v - R)^2, (clamp(v, v_old +- eps) - R)^2).
 #pragma once
+#include <cmath>
+
 #include "hydra/fast_exp.h"
 #include "hydra/host_device.h"
 
@@ -22,21 +24,20 @@ struct PolicyLoss {
 
 HYDRA_HOST_DEVICE PolicyLoss
 ppo_policy_loss(float logprob, float old_logprob, float advantage, float cliprange) {
+  // One selection a step: GCC turns chains of them into jumps, and then has no vectors.
   const float log_ratio = logprob - old_logprob;
-  const bool cut = log_ratio > kLogRatioLimit || log_ratio < -kLogRatioLimit;
-  const float inside = log_ratio > kLogRatioLimit
-                           ? kLogRatioLimit
-                           : (log_ratio < -kLogRatioLimit ? -kLogRatioLimit : log_ratio);
-  const float ratio = fast_exp(inside);
-  const float low = 1.0f - cliprange;
-  const float high = 1.0f + cliprange;
-  const float clamped = ratio < low ? low : (ratio > high ? high : ratio);
+  const bool cut = fabsf(log_ratio) > kLogRatioLimit;
+  const float inside = cut ? copysignf(kLogRatioLimit, log_ratio) : log_ratio;
+  const float ratio = fast_exp_in_range(inside);
+  // The only end of the clip range that can make the loss larger: of the other, or within the
+  // range, the unclipped branch is. So this is the maximum of eq. 7.
+  const float end = advantage < 0.0f ? 1.0f - cliprange : 1.0f + cliprange;
   const float unclipped_loss = -advantage * ratio;
-  const float clipped_loss = -advantage * clamped;
+  const float clipped_loss = -advantage * end;
   const bool clipped = clipped_loss > unclipped_loss;
   PolicyLoss out;
   out.loss = clipped ? clipped_loss : unclipped_loss;
-  out.dlogprob = (clipped || cut) ? 0.0f : unclipped_loss;
+  out.dlogprob = (clipped | cut) ? 0.0f : unclipped_loss;
   out.clipped = clipped ? 1.0f : 0.0f;
   out.approx_kl = (ratio - 1.0f) - inside;
   out.ratio = ratio;
