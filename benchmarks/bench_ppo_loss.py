@@ -49,6 +49,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     # 0.3: half of the ratios leave [0.8, 1.2], and a good part of the values their range
     logprobs = (old_logprobs + 0.3 * torch.randn(size, device=device)).requires_grad_()
     values = (old_values + 0.3 * torch.randn(size, device=device)).requires_grad_()
+    logprobs, values = logprobs * 1, values * 1  # results of a model, not leaves
     advantages, returns = torch.randn(2, *size, device=device)
     mask = torch.rand(size, device=device) < 0.7
     return Inputs(logprobs, values, old_logprobs, old_values, advantages, returns, mask)

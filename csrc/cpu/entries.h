@@ -7,12 +7,14 @@
 
 namespace hydra::cpu {
 
+// dlogprobs and dvalues: derivatives of the mean policy loss and of value_weight * the mean value
+// loss.
 void ppo_loss_fwd(
     std::uintptr_t logprobs, std::uintptr_t values, std::uintptr_t old_logprobs,
     std::uintptr_t old_values, std::uintptr_t advantages, std::uintptr_t returns,
     std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t mask, std::int64_t num_tokens,
     float cliprange, float cliprange_value, float vf_coef, float ent_coef, float kl_coef,
-    std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues);
+    float value_weight, std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues);
 
 // Rows x columns are B x T. An absent tensor is the address 0; estimator is a KLEstimator.
 void kl_rewards_fwd(

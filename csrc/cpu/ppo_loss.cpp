@@ -23,6 +23,7 @@ struct Inputs {
   const float *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *entropy, *kl;
   const std::uint8_t* mask;
   float cliprange, cliprange_value;
+  float policy_scale, value_scale;  // what a token's derivative is multiplied by
   float *dlogprobs, *dvalues;
 };
 
@@ -37,6 +38,22 @@ inline void keep_counted(
     const float* x, const std::uint8_t* mask, std::int64_t length, float* kept) {
 #pragma omp simd
   for (std::int64_t i = 0; i < length; ++i) kept[i] = where(mask[i] != 0, x[i]);
+}
+
+inline std::int64_t num_counted(const std::uint8_t* mask, std::int64_t length) {
+  return multiversion([=] {
+    const std::uint8_t* keep = mask;
+    const std::int64_t n = length;
+    std::int64_t total = 0;
+    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+      const std::int64_t end = begin + kBlock < n ? begin + kBlock : n;
+      std::int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+      for (std::int64_t i = begin; i < end; ++i) count += keep[i] != 0;
+      total += count;
+    }
+    return total;
+  });
 }
 
 inline float sum_counted(const float* x, const std::uint8_t* mask, std::int64_t length) {
@@ -63,11 +80,11 @@ inline Sums block_sums(const Inputs in, std::int64_t begin, std::int64_t length)
       keep_counted(in.old_logprobs + begin, mask, n, second);
       keep_counted(in.advantages + begin, mask, n, third);
       float* dlogprobs = in.dlogprobs + begin;
-      const float cliprange = in.cliprange;
+      const float cliprange = in.cliprange, policy_scale = in.policy_scale;
 #pragma omp simd reduction(+ : policy_loss, approx_kl, clipped, ratio)
       for (std::int64_t i = 0; i < n; ++i) {
         const PolicyLoss token = ppo_policy_loss(first[i], second[i], third[i], cliprange);
-        dlogprobs[i] = token.dlogprob;  // 0 where masked: the advantage is
+        dlogprobs[i] = policy_scale * token.dlogprob;  // 0 where masked: the advantage is
         policy_loss += token.loss;
         approx_kl += token.approx_kl;
         clipped += token.clipped;
@@ -79,11 +96,11 @@ inline Sums block_sums(const Inputs in, std::int64_t begin, std::int64_t length)
       keep_counted(in.old_values + begin, mask, n, second);
       keep_counted(in.returns + begin, mask, n, third);
       float* dvalues = in.dvalues + begin;
-      const float cliprange_value = in.cliprange_value;
+      const float cliprange_value = in.cliprange_value, value_scale = in.value_scale;
 #pragma omp simd reduction(+ : value_loss, value_clipped)
       for (std::int64_t i = 0; i < n; ++i) {
         const ValueLoss token = ppo_value_loss(first[i], second[i], third[i], cliprange_value);
-        dvalues[i] = token.dvalue;
+        dvalues[i] = value_scale * token.dvalue;
         value_loss += token.loss;
         value_clipped += token.clipped;
       }
@@ -111,7 +128,10 @@ void ppo_loss_fwd(
     std::uintptr_t old_values, std::uintptr_t advantages, std::uintptr_t returns,
     std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t mask, std::int64_t num_tokens,
     float cliprange, float cliprange_value, float vf_coef, float ent_coef, float kl_coef,
-    std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues) {
+    float value_weight, std::uintptr_t stats, std::uintptr_t dlogprobs, std::uintptr_t dvalues) {
+  // The count first, one byte a token: the derivatives can then be those of the mean.
+  const std::int64_t count = num_counted(pointer<const std::uint8_t>(mask), num_tokens);
+  const float share = 1.0f / static_cast<float>(count > 1 ? count : 1);
   const Inputs in{
       pointer<const float>(logprobs),
       pointer<const float>(old_logprobs),
@@ -124,6 +144,8 @@ void ppo_loss_fwd(
       pointer<const std::uint8_t>(mask),
       cliprange,
       cliprange_value,
+      share,
+      share * value_weight,
       pointer<float>(dlogprobs),
       pointer<float>(dvalues)};
   const std::int64_t num_blocks = (num_tokens + kBlock - 1) / kBlock;

@@ -1,4 +1,4 @@
-"""What the backends of the token-level ops share: dtype of the state, estimators, whitening."""
+"""What the backends of the token-level ops share: dtype of the state, estimators, kernels."""
 
 from __future__ import annotations
 
@@ -39,3 +39,16 @@ class WhitenKernel(registry.Kernel):
     """
 
     moments: Callable[[Tensor, Tensor], Tensor] = _no_moments
+
+
+@dataclass(frozen=True)
+class PPOKernel(registry.Kernel):
+    """A kernel of ``ppo_loss``, whose forward makes the gradients up to a factor.
+
+    Attributes:
+        scaled: The forward returns the gradients of ``policy_loss`` and of ``(vf_coef or 1) *
+            value_loss``. False: the derivatives of each token's two losses, which are still to be
+            multiplied by 1 / count; a GPU knows the count only when the pass is over.
+    """
+
+    scaled: bool = False

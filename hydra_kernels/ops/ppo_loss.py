@@ -168,40 +168,54 @@ def _check(
         raise ValueError(f"{_OP}: cliprange_value must be > 0, got {cliprange_value}")
 
 
-def _weight(share: Tensor, *terms: tuple[float, Tensor | None]) -> Tensor:
-    """What multiplies each token: the upstream gradients by their coefficients, over the count."""
+def _weight(share: Tensor | None, *terms: tuple[float, Tensor | None]) -> Tensor | None:
+    """The sum of the upstream gradients that are there, by their coefficients, times share."""
     total = None
     for coef, upstream in terms:
         if upstream is None or coef == 0.0:
             continue
         term = upstream if coef == 1.0 else coef * upstream
         total = term if total is None else total + term
-    return torch.zeros_like(share) if total is None else total * share
+    return total if share is None or total is None else total * share
+
+
+def _times(gradient: Tensor, weight: Tensor | None, keep: bool) -> Tensor:
+    """``keep``: the result may be ``gradient`` itself, where nothing would change."""
+    if weight is None:
+        return torch.zeros_like(gradient, dtype=torch.float32)
+    if keep and weight.device.type == "cpu" and weight.item() == 1.0:
+        return gradient
+    return gradient * weight
 
 
 def _grads(
     upstream: Sequence[Tensor | None],  # of loss, policy_loss, value_loss, entropy and kl
     stats: Tensor,  # (10,) the last one is 1 / count
-    dlogprobs: Tensor | None,  # (B, T) derivative of each token's policy loss; 0 where masked
+    dlogprobs: Tensor | None,  # (B, T) as PPOKernel.scaled has it; 0 where masked
     dvalues: Tensor | None,
     mask: Tensor,
     vf_coef: float,
     ent_coef: float,
     kl_coef: float,
+    chosen: str,
     wanted: tuple[bool, bool, bool, bool],  # logprobs, values, entropy, kl
+    keep: tuple[bool, bool] = (False, False),  # whether the first two may be the tensors given
 ) -> tuple[Tensor | None, ...]:
     """Everything is linear in the upstream scalars, so that backward only scales."""
     g_loss, g_policy, g_value, g_entropy, g_kl = upstream
     share = stats[9]
+    scaled = registry.kernel(_OP, chosen).scaled  # type: ignore[attr-defined]
+    left, unit = (None, vf_coef or 1.0) if scaled else (share, 1.0)
     out: list[Tensor | None] = [None, None, None, None]
     if wanted[0] and dlogprobs is not None:
-        out[0] = dlogprobs * _weight(share, (1.0, g_loss), (1.0, g_policy))
+        out[0] = _times(dlogprobs, _weight(left, (1.0, g_loss), (1.0, g_policy)), keep[0])
     if wanted[1] and dvalues is not None:
-        out[1] = dvalues * _weight(share, (vf_coef, g_loss), (1.0, g_value))
+        weight = _weight(left, (vf_coef / unit, g_loss), (1.0 / unit, g_value))
+        out[1] = _times(dvalues, weight, keep[1])
     if wanted[2]:
-        out[2] = mask * _weight(share, (-ent_coef, g_loss), (1.0, g_entropy))
+        out[2] = _times(mask, _weight(share, (-ent_coef, g_loss), (1.0, g_entropy)), False)
     if wanted[3]:
-        out[3] = mask * _weight(share, (kl_coef, g_loss), (1.0, g_kl))
+        out[3] = _times(mask, _weight(share, (kl_coef, g_loss), (1.0, g_kl)), False)
     return tuple(out)
 
 
@@ -213,7 +227,10 @@ class _PPOLoss(torch.autograd.Function):
             *tensors, mask, cliprange, cliprange_value, vf_coef, ent_coef, kl_coef
         )
         ctx.save_for_backward(stats, dlogprobs, dvalues, mask)
-        ctx.coefs = (vf_coef, ent_coef, kl_coef)
+        ctx.settings = (vf_coef, ent_coef, kl_coef, chosen)
+        # What is saved may be handed out as the gradient where the graph goes on: a leaf would keep
+        # it as its .grad and add to it.
+        ctx.keep = tuple(t is not None and not t.is_leaf for t in tensors[:2])
         # Upstream gradients that are not there stay None: no launches to make and add zeros.
         ctx.set_materialize_grads(False)
         means = stats.unbind(0)[:9]
@@ -224,7 +241,8 @@ class _PPOLoss(torch.autograd.Function):
     def backward(ctx, *upstream):
         need = ctx.needs_input_grad
         wanted = (need[0], need[1], need[6], need[7])
-        d = _grads(upstream[:5], *ctx.saved_tensors, *ctx.coefs, wanted)
+        keep = (False, False) if torch.compiler.is_compiling() else ctx.keep
+        d = _grads(upstream[:5], *ctx.saved_tensors, *ctx.settings, wanted, keep)
         return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
 
 
@@ -287,13 +305,13 @@ def _setup_context(ctx, inputs, output):
         None if inputs[1] is None else dvalues,
         inputs[8],
     )
-    ctx.coefs = inputs[11:14]
+    ctx.settings = inputs[11:15]
 
 
 def _backward(ctx, grad_stats, _dlogprobs, _dvalues):
     need = ctx.needs_input_grad
     wanted = (need[0], need[1], need[6], need[7])
-    d = _grads(grad_stats.unbind(0)[:5], *ctx.saved_tensors, *ctx.coefs, wanted)
+    d = _grads(grad_stats.unbind(0)[:5], *ctx.saved_tensors, *ctx.settings, wanted)
     return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
 
 

@@ -350,3 +350,45 @@ def test_backends_agree_on_which_gradients_exist():
         assert leaf.grad is not None and leaf.grad.any()
         for statistic in ("approx_kl", "clipfrac", "vf_clipfrac", "ratio"):
             assert not getattr(out, statistic).requires_grad, (backend, statistic)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_backward_again(backend):
+    """Gradients made by the forward are handed out without a copy where that cannot be noticed."""
+    inputs = make_inputs((2, 50), device_of(backend))
+    expected = run(inputs, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]), backend="reference")[1]
+    leaves = {n: inputs[n].clone().requires_grad_() for n in DIFFERENTIABLE}
+    loss = ppo_loss(**{**inputs, **leaves}, **COEFS, backend=backend).loss
+    for times in (1, 2, 3):  # a leaf adds to its .grad in place
+        loss.backward(retain_graph=True)
+        for leaf, once in zip(leaves.values(), expected, strict=True):
+            torch.testing.assert_close(leaf.grad, times * once, rtol=1e-5, atol=1e-8)
+
+    further = {n: leaf * 1 for n, leaf in leaves.items()}  # not leaves, as in a model
+    loss = ppo_loss(**{**inputs, **further}, **COEFS, backend=backend).loss
+    for scale in (1.0, 2.0):
+        for _ in range(2):
+            grads = torch.autograd.grad(scale * loss, list(further.values()), retain_graph=True)
+            for grad, once in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, scale * once, rtol=1e-5, atol=1e-8)
+    # changing what was handed out is an error or harmless, never a wrong gradient
+    grads = torch.autograd.grad(loss, list(further.values()), retain_graph=True)
+    grads[0].zero_()
+    try:
+        again = torch.autograd.grad(loss, list(further.values()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(again[0], expected[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_value_loss_alone_has_a_gradient_without_its_coefficient(backend):
+    inputs = make_inputs((2, 50), device_of(backend))
+    grads = []
+    for name in (backend, "reference"):
+        values = inputs["values"].clone().requires_grad_()
+        out = ppo_loss(**{**inputs, "values": values}, vf_coef=0.0, backend=name)
+        grads.append(torch.autograd.grad(out.value_loss, values)[0])
+    assert grads[0].any()
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)

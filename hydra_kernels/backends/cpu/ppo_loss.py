@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.token_ops import PPOKernel
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -31,7 +32,7 @@ def fwd(
     ent_coef: float,
     kl_coef: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
+    """Returns stats (10,), the gradient of policy_loss, and of ``(vf_coef or 1) * value_loss``."""
     stats = torch.empty(10, dtype=torch.float32)
     dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
     dvalues = None if values is None else torch.empty_like(values)
@@ -54,6 +55,7 @@ def fwd(
         vf_coef,
         ent_coef,
         kl_coef,
+        vf_coef or 1.0,
         stats.data_ptr(),
         0 if dlogprobs is None else dlogprobs.data_ptr(),
         0 if dvalues is None else dvalues.data_ptr(),
@@ -62,5 +64,7 @@ def fwd(
 
 
 registry.register(
-    "ppo_loss", "cpu", registry.Kernel(fwd, None, unsupported, missing=extension.missing)
+    "ppo_loss",
+    "cpu",
+    PPOKernel(fwd, None, unsupported, missing=extension.missing, scaled=True),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
+from hydra_kernels.backends.token_ops import PPOKernel
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -78,5 +79,5 @@ def fwd(
 
 
 registry.register(
-    "ppo_loss", "cuda", registry.Kernel(fwd, None, unsupported, missing=extension.missing_cuda)
+    "ppo_loss", "cuda", PPOKernel(fwd, None, unsupported, missing=extension.missing_cuda)
 )

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry, tuning
+from hydra_kernels.backends.token_ops import PPOKernel
 from hydra_kernels.backends.triton import runtime
 
 # Generic default first; see hydra_kernels/backends/tuning.py.
@@ -225,6 +226,4 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
         yield ppo_loss_fwd_kernel, signature, constexprs | sizes, options
 
 
-registry.register(
-    "ppo_loss", "triton", registry.Kernel(fwd, None, unsupported, missing=runtime.missing)
-)
+registry.register("ppo_loss", "triton", PPOKernel(fwd, None, unsupported, missing=runtime.missing))
