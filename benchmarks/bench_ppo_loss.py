@@ -51,7 +51,8 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     values = (old_values + 0.3 * torch.randn(size, device=device)).requires_grad_()
     logprobs, values = logprobs * 1, values * 1  # results of a model, not leaves
     advantages, returns = torch.randn(2, *size, device=device)
-    mask = torch.rand(size, device=device) < 0.7
+    lengths = torch.randint(size[1] // 2, size[1] + 1, (size[0], 1), device=device)
+    mask = torch.arange(size[1], device=device) < lengths  # responses of random lengths
     return Inputs(logprobs, values, old_logprobs, old_values, advantages, returns, mask)
 
 
