@@ -246,38 +246,39 @@ class FusedLinear(lora.Linear):
         autocast = torch.is_autocast_enabled(x.device.type)
         if x.dtype != weight.dtype and not autocast:
             return None
+        lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+        drops = modules["lora_dropout"]._modules
         found: float | None = None
         dtype: torch.dtype | None = None
+        device = x.device
         for name in names:
-            a = modules["lora_A"]._modules[name]
-            b = modules["lora_B"]._modules[name]
-            drop = modules["lora_dropout"]._modules[name]
+            a, b, drop = lora_a[name], lora_b[name], drops[name]
             if (
-                name in self.lora_variant
-                or type(a) is not nn.Linear
+                type(a) is not nn.Linear
                 or type(b) is not nn.Linear
                 or type(drop) not in _DROPOUTS
                 or not (_is_bare(a) and _is_bare(b) and _is_bare(drop))
+                or name in self.lora_variant
                 or b._parameters["bias"] is not None
                 or a._parameters["bias"] is not None
             ):
                 return None
             a_weight, b_weight = a._parameters["weight"], b._parameters["weight"]
-            if not (_is_plain(a_weight) and _is_plain(b_weight)):
+            if not (type(a_weight) in _PLAIN and type(b_weight) in _PLAIN):
                 return None
             if dtype is None:
                 dtype = a_weight.dtype
             if (
                 a_weight.dtype != dtype
                 or b_weight.dtype != dtype
-                or a_weight.device != x.device
-                or b_weight.device != x.device
+                or a_weight.device != device
+                or b_weight.device != device
             ):
                 return None
             scale = self.scaling[name]
             if isinstance(scale, Tensor) and (scale.requires_grad or scale.numel() != 1):
                 return None
-            p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+            p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
             if found is not None and p != found:
                 return None
             found = p

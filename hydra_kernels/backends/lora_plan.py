@@ -24,6 +24,8 @@ class Plan(NamedTuple):
     dropout: float
 
     def of_projection(self, tensors: Sequence[Tensor], projection: int) -> Sequence[Tensor]:
+        if len(self.counts) == 1:
+            return tensors
         start = sum(self.counts[:projection])
         return tensors[start : start + self.counts[projection]]
 

@@ -180,16 +180,20 @@ def gated_linear(
     a model's adapters.
     """
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
-    chosen = registry.select(_OP, backend, x, adapter_ids, weight, bias, *lora_a, *lora_b)
+    tensors = (weight, bias, *lora_a, *lora_b)
+    chosen = _select(_OP, backend, x, adapter_ids, tensors)
     if adapter_ids is not None and chosen != "cpu":  # whose kernel looks at them anyway
         check_ids(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
         return reference.lora_linear(
             x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, drawn
         )
+    given_b = lora_b
     lora_b, scales = _constant_scales(lora_b, scaling)
     plan = Plan((len(lora_a),), tuple(owners), scales, num_adapters, dropout)
-    return _run(chosen, plan, x, adapter_ids, drawn, (weight, bias, *lora_a, *lora_b))[0]
+    if lora_b is not given_b:
+        tensors = (weight, bias, *lora_a, *lora_b)
+    return _run(chosen, plan, x, adapter_ids, drawn, tensors)[0]
 
 
 def gated_linear_group(
@@ -211,7 +215,7 @@ def gated_linear_group(
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
     a = [t for each in lora_a for t in each]
     b: Sequence[Tensor] = [t for each in lora_b for t in each]
-    chosen = registry.select(_GROUP, backend, x, adapter_ids, *weights, *biases, *a, *b)
+    chosen = _select(_GROUP, backend, x, adapter_ids, (*weights, *biases, *a, *b))
     if adapter_ids is not None and chosen != "cpu":
         check_ids(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
@@ -230,6 +234,34 @@ def gated_linear_group(
         dropout,
     )
     return _run(chosen, plan, x, adapter_ids, drawn, (*weights, *biases, *a, *b))
+
+
+_CHOICES: dict[tuple, str] = {}
+
+
+def _select(
+    op: str,
+    backend: str | None,
+    x: Tensor,
+    adapter_ids: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+) -> str:
+    """registry.select, remembered: no backend of this op asks for more than devices and dtypes."""
+    if torch.compiler.is_compiling():
+        return registry.select(op, backend, x, adapter_ids, *tensors)
+    key = (
+        op,
+        backend or os.environ.get("HYDRA_BACKEND"),
+        x.device,
+        x.dtype,
+        None if adapter_ids is None else adapter_ids.device,
+        *[None if t is None else (t.device, t.dtype) for t in tensors],
+    )
+    chosen = _CHOICES.get(key)
+    if chosen is None:
+        chosen = registry.select(op, backend, x, adapter_ids, *tensors)
+        _CHOICES[key] = chosen
+    return chosen
 
 
 def _constant_scales(
@@ -277,12 +309,17 @@ def _run(
         )
         return tuple(ys)
     if torch.is_grad_enabled():
-        return _LoraLinear.apply(chosen, plan, adapter_ids, seed, x, *tensors)
+        if torch._C._are_functorch_transforms_active():
+            return _LoraLinear.apply(chosen, plan, adapter_ids, seed, x, *tensors)
+        # What Function.apply calls in the end, without the 5 us of asking about functorch.
+        return _apply(chosen, plan, adapter_ids, seed, x, *tensors)
     return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
 
 
 def _unpack(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
     """The weights, biases, lora_a and lora_b."""
+    if len(tensors) == 4:
+        return tensors[:1], tensors[1:2], tensors[2:3], tensors[3:]
     p, n = len(plan.counts), len(plan.owners)
     return (
         tensors[:p],
@@ -300,9 +337,13 @@ def _forward(
     x: Tensor,
     tensors: Sequence[Tensor | None],
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    kernel = registry.kernel(_OP, chosen)
+    if x.dim() == 2:
+        ys, s = kernel.fwd(x, *_unpack(plan, tensors), plan, adapter_ids, seed)
+        return tuple(ys), s
     leading = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(leading.numel(), x.shape[-1])
-    ys, s = registry.kernel(_OP, chosen).fwd(rows, *_unpack(plan, tensors), plan, adapter_ids, seed)
+    rows = x.reshape(leading.numel(), x.shape[-1])
+    ys, s = kernel.fwd(rows, *_unpack(plan, tensors), plan, adapter_ids, seed)
     return tuple(y.view(leading + y.shape[1:]) for y in ys), s
 
 
@@ -362,6 +403,9 @@ class _LoraLinear(torch.autograd.Function):
         else:
             dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
         return (None, None, None, None, dx, *grads)
+
+
+_apply = super(torch.autograd.Function, _LoraLinear).apply
 
 
 # ---- under torch.compile: registered ops over the same kernels

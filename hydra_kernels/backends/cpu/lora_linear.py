@@ -48,6 +48,8 @@ def fwd(
     if found is None:
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)], None
     s, alpha, blas = found
+    if blas and len(b) == 1:
+        return [_expanded(s, b[0], biases[0], alpha).addmm_(x, weights[0].t())], None
     ys = []
     start = 0
     for p, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -105,9 +107,15 @@ def _shrunk(
     dtype = a[0].dtype
     if plan.dropout > 0.0 or dtype not in _BLAS or x.dtype != dtype:
         return _shrunk_by_cpp(x, a, plan, ids, seed)
-    if ids is not None and not _any_on(ids, plan):
-        return None
+    if ids is not None:
+        if dtype == torch.float32:  # C++ gates in the same pass
+            small = _shrink(x, a, False, plan.owners, plan.scales, plan, ids, 0.0, None)
+            return None if small is None else (small[:, : sum(t.shape[0] for t in a)], 1.0, True)
+        if not _any_on(ids, plan):
+            return None
     s = torch.mm(x, concatenated(a, 0).t())
+    if ids is None and len(a) == 1:
+        return s, plan.scales[0], True
     return s, _gate(s, [t.shape[0] for t in a], plan, ids), True
 
 
