@@ -1,7 +1,13 @@
+import importlib.util
 import os
 
 import pytest
 import torch
+
+from tests import no_hypothesis
+
+if importlib.util.find_spec("hypothesis") is None:
+    no_hypothesis.install()
 
 # Without a GPU the Triton kernels run in its interpreter, which reads this at import.
 if not torch.cuda.is_available():

@@ -4,7 +4,6 @@ import gzip
 import json
 import tracemalloc
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,6 +13,8 @@ from hypothesis import strategies as st
 from hydra_rlhf.data import Preference, iter_preferences, load_preferences, load_prompts, load_sft
 from hydra_rlhf.data.check import check, render
 from hydra_rlhf.errors import UserError
+
+datasets = pytest.importorskip("datasets", reason="reads hub data sets: needs datasets installed")
 
 ROWS = [{"prompt": f"Sky {i}?", "chosen": f" Blué, {i}\n!", "rejected": " No"} for i in range(3)]
 PAIRS = [Preference(**row) for row in ROWS]
