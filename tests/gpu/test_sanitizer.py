@@ -34,5 +34,5 @@ def test_the_calls_under_it_reach_every_op():
     assert done.returncode == 0, done.stdout + done.stderr
     for name in harness.names():
         for bench in harness.load(name):
-            if harness.ours(bench.OP, "cpu"):
+            if not hasattr(bench, "run") and harness.ours(bench.OP, "cpu"):
                 assert f"\n{bench.OP} " in "\n" + done.stdout
