@@ -192,9 +192,11 @@ def run(options: Options) -> Iterator[Record]:
         for head in (source.reward_head, source.value_head):
             torch.nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(1))
         tokenizer = Words(shape.sizes["V"])
-        rows = [
-            r for r in rows_of(shape, source, dtype) if not options.rows or r.name in options.rows
-        ]
+        # What a fixed length does to ratios and EOS is known here.
+        logging.getLogger("hydra_rlhf").setLevel(logging.ERROR)
+        rows = rows_of(shape, source, dtype)
+        if options.modes:
+            rows = [row for row in rows if row.name in options.modes]
         for row in rows:
             options.say(f"{OP} {row.name}: first step, bytes counted")
             with memory.Ledger() as ledger:
