@@ -287,20 +287,20 @@ class PPOConfig(LoraSettings):
 
     @property
     def local_mini_batch_size(self) -> int:
-        """Sequences behind one optimizer step."""
+        """Sequences behind one optimizer step, in one process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def local_batch_size(self) -> int:
-        """Sequences in one rollout."""
+        """Sequences in one rollout, in one process."""
         return self.local_mini_batch_size * self.num_mini_batches
 
-    def num_steps(self, num_prompts: int) -> int:
+    def num_steps(self, num_prompts: int, processes: int = 1) -> int:
         """PPO steps of the run: max_steps, or enough for total_episodes, or one pass."""
         if self.max_steps > 0:
             return self.max_steps
         episodes = self.total_episodes or num_prompts
-        return math.ceil(episodes / self.local_batch_size)
+        return math.ceil(episodes / (self.local_batch_size * processes))
 
     def validate(self) -> None:
         """Raises UserError, naming the field, for a value that cannot work."""

@@ -183,12 +183,16 @@ class RolloutEngine:
         *,
         role: str = "actor",
         with_logprobs: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> Rollout:
-        """As :func:`hydra_rlhf.rollout.generate`, and by it where the engine cannot run."""
+        """As :func:`hydra_rlhf.rollout.generate`, and by it where the engine cannot run.
+
+        There, ``seeds`` are not obeyed.
+        """
         assert model is self.model
         if not self._refused:
             try:
-                out = self.generate(input_ids, attention_mask, sampling, role=role)
+                out = self.generate(input_ids, attention_mask, sampling, role=role, seeds=seeds)
             except Unsupported as reason:
                 self._refused = True
                 _log.warning("rollouts run by transformers' generate: %s", reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,11 +49,26 @@ def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(metrics, values.tolist(), strict=True))
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var(returns - values) / Var(returns)`` over the mask; 0 for constant returns."""
-    kept_returns, kept_errors = returns[mask], (returns - values)[mask]
-    spread = kept_returns.var(correction=0)
-    share = kept_errors.var(correction=0) / spread.clamp(min=1e-12)
+def explained_variance(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
+    """``1 - Var(returns - values) / Var(returns)`` over the mask; 0 for constant returns.
+
+    ``reduce`` sums over the processes that share the batch.
+    """
+
+    def variance(x: Tensor) -> Tensor:
+        count, total = reduce(torch.stack([mask.sum().double(), x.sum()]))
+        mean = total / count.clamp(min=1)
+        return reduce(torch.where(mask, x - mean, 0.0).square().sum()) / count.clamp(min=1)
+
+    kept_returns = torch.where(mask, returns, 0.0).double()
+    kept_errors = torch.where(mask, returns - values, 0.0).double()
+    spread = variance(kept_returns)
+    share = variance(kept_errors) / spread.clamp(min=1e-12)
     return torch.where(spread > 0, 1.0 - share, 0.0)
 
 

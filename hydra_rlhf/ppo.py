@@ -38,6 +38,7 @@ from hydra_rlhf.methods import MethodModels, method_from_model
 from hydra_rlhf.metrics import diagnose, explained_variance, to_floats, update_metrics
 from hydra_rlhf.model import ROLES, HydraModel, Score
 from hydra_rlhf.phases import Phases
+from hydra_rlhf.processes import Processes
 from hydra_rlhf.resume import RunState
 from hydra_rlhf.rewards import (
     AdaptiveKLController,
@@ -48,7 +49,13 @@ from hydra_rlhf.rewards import (
     shape_scores,
 )
 from hydra_rlhf.rollout import Rollout, Sampling
-from hydra_rlhf.schedule import PromptBatches, make_optimizer, seed_everything
+from hydra_rlhf.schedule import (
+    PromptBatches,
+    make_optimizer,
+    minibatches,
+    sampling_seeds,
+    seed_everything,
+)
 from hydra_rlhf.trunk import Prefix
 
 _log = logging.getLogger("hydra_rlhf")
@@ -157,13 +164,17 @@ def train(
         raise UserError("there are no prompts to train on")
     seed_everything(config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    processes = Processes(accelerator)
     models = prepare_models(config, model, accelerator.device)
     if reward_fn is None and models.reward is None:
         raise UserError("there is no reward model; give a reward function")
     sampling = rollouts.sampling_of(config, tokenizer)
     check_lengths(config, models)
-    num_steps = config.num_steps(len(prompts))
+    num_steps = config.num_steps(len(prompts), processes.count)
     optimizer, scheduler = make_optimizer(config, models, num_steps)
+    processes.broadcast(trained_parameters(optimizer))
+    if not processes.is_main:
+        seed_everything(config.seed + processes.index)  # whatever a user's code draws
     kl_controller = (
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
         if config.kl_controller == "adaptive"
@@ -176,10 +187,12 @@ def train(
         scheduler,
         kl_controller,
         moments=RunningMoments() if config.use_score_scaling else None,
-        batches=PromptBatches(len(prompts), config.local_batch_size, config.seed),
+        batches=PromptBatches(len(prompts), config.local_batch_size * processes.count, config.seed),
         shuffle=torch.Generator().manual_seed(config.seed + 1),
+        processes=processes,
     )
     folder = None if run_dir is None else Path(run_dir)
+    faults = "faults" if processes.is_main else f"faults/process-{processes.index}"
     run = Run(
         state,
         accelerator,
@@ -193,7 +206,7 @@ def train(
         scoring=Shrinking(
             "local_rollout_forward_batch_size", config.local_rollout_forward_batch_size
         ),
-        bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / "faults"),
+        bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / faults),
     )
     result = PPOResult(models)
     started = time.perf_counter()
@@ -211,18 +224,21 @@ def train(
             for message in diagnose(config, metrics):
                 if message not in result.diagnostics:
                     result.diagnostics.append(message)
-                    _log.warning("step %d: %s", step, message)
+                    if processes.is_main:
+                        _log.warning("step %d: %s", step, message)
             result.metrics.append(metrics)
             if tracker is not None:
                 tracker.log(metrics, step)
             if on_step is not None:
                 on_step(step, metrics)
             due = config.save_steps > 0 and step % config.save_steps == 0
-            if store is not None and (due or stop):
+            # A signal may have reached some processes only, and all must stop after one step.
+            stopping = store is not None and processes.any(bool(stop))
+            if store is not None and (due or stopping):
                 state.save(store, step)
-            if stop.signal is not None:
-                _log.warning("%s: stopping after step %d", stop.signal.name, step)
-                result.stopped_by = stop.signal
+            if stopping:
+                result.stopped_by = stop.signal or signal.SIGTERM
+                _log.warning("%s: stopping after step %d", result.stopped_by.name, step)
                 break
     result.seconds = time.perf_counter() - started
     return result
@@ -246,13 +262,17 @@ class Run:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One rollout and the updates on it; returns the step's metrics."""
+    """One rollout and the updates on it; returns the step's metrics, those of all processes."""
     config, models, phases = run.state.config, run.state.models, run.phases
+    processes = run.state.processes
     phases.clear()
     # 2. Rollout: sample a response to each prompt of the batch.
     with phases("rollout"), run.accelerator.autocast():
-        rows = [run.prompts[i] for i in next(run.state.batches)]
-        rollout = sample(config, models.actor, run.tokenizer, rows, run.sampler)
+        batch = next(run.state.batches)
+        mine = processes.share(len(batch))
+        rows = [run.prompts[i] for i in batch[mine]]
+        seeds = sampling_seeds(config.seed, step, len(batch))[mine]
+        rollout = sample(config, models.actor, run.tokenizer, rows, run.sampler, seeds)
     # 3. Score: log-probabilities of actor and reference, values, rewards.
     with phases("score"), run.accelerator.autocast(), torch.no_grad():
         prefixes = shared_prefixes(config, models, rollout)
@@ -274,21 +294,30 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             moments=run.state.moments,
             center=config.use_score_norm,
             clip=config.score_clip,
+            gather=processes.gather,
         )
         kl_coef = run.state.kl_controller.value
-        experience, metrics = make_experience(config, rollout, scored, shaped, kl_coef, prefixes)
+        experience, metrics = make_experience(
+            config, rollout, scored, shaped, kl_coef, prefixes, processes
+        )
     # 5. Update: num_ppo_epochs passes over shuffled minibatches.
     with phases("update"):
         metrics |= update(run, step, experience)
     # 6. Adjust the KL coefficient, evaluate.
     metrics["objective/kl_coef"] = kl_coef
-    run.state.kl_controller.update(metrics["objective/kl"], config.local_batch_size)
+    run.state.kl_controller.update(metrics["objective/kl"], len(batch))
     if config.eval_steps and run.eval_prompts and step % config.eval_steps == 0:
         with phases("eval"), run.accelerator.autocast():
             metrics |= evaluate(
-                config, models, run.tokenizer, run.eval_prompts, run.sampler, run.reward_fn
+                config,
+                models,
+                run.tokenizer,
+                run.eval_prompts,
+                run.sampler,
+                run.reward_fn,
+                processes,
             )
-    metrics["episode"] = float(step * config.local_batch_size)
+    metrics["episode"] = float(step * len(batch))
     metrics |= phases.metrics()
     metrics["perf/tokens_per_second"] = metrics["tokens/response"] / sum(
         phases.seconds[name] for name in ("rollout", "score", "advantages", "update")
@@ -357,6 +386,7 @@ class Sampler:
         *,
         role: str,
         with_logprobs: bool,
+        seeds: Sequence[int],
     ) -> Rollout:
         arguments = (model, input_ids, attention_mask, self.sampling)
         if self._engines is None:
@@ -364,7 +394,7 @@ class Sampler:
         engine = self._engines.get(model)
         if engine is None:
             engine = self._engines[model] = RolloutEngine(model)
-        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs)
+        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs, seeds=seeds)
         if not engine.graph:
             engine.release()  # the update has better use for the memory; a graph keeps its buffers
         return rollout
@@ -376,10 +406,11 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[str | PromptLike],
     sampler: Sampler,
+    seeds: Sequence[int],
     *,
     role: str = "actor",
 ) -> Rollout:
-    """Responses to a batch of prompts, with texts and columns."""
+    """Responses to a batch of prompts, a seed each, with texts and columns."""
     texts = [row if isinstance(row, str) else row.prompt for row in rows]
     limit = context_limit(model)
     most = config.max_prompt_length
@@ -398,6 +429,7 @@ def sample(
         attention_mask,
         role=role,
         with_logprobs=config.rollout_logprobs != "recompute",
+        seeds=seeds,
     )
     rollout.prompts = texts
     rollout.responses = rollouts.decode(tokenizer, rollout)
@@ -514,8 +546,9 @@ def make_experience(
     scores: Tensor,  # (B,) after shaping
     kl_coef: float,
     prefixes: dict[int, Prefix],
+    processes: Processes,
 ) -> tuple[Experience, dict[str, float]]:
-    """KL rewards, GAE and whitening; with the rollout's metrics."""
+    """KL rewards, GAE and whitening, the last over all processes; with the rollout's metrics."""
     mask = rollout.response_mask
     rewards = hydra_kernels.kl_rewards(
         scores,
@@ -527,12 +560,12 @@ def make_experience(
         kl=scored.kl,
     )
     if config.whiten_rewards:
-        rewards = hydra_kernels.masked_whiten(rewards, mask, shift_mean=False)
+        rewards = hydra_kernels.masked_whiten(rewards, mask, shift_mean=False, reduce=processes.sum)
     advantages, returns = hydra_kernels.gae(
         rewards, scored.values, mask, gamma=config.gamma, lam=config.lam
     )
     if config.whiten_advantages:
-        advantages = hydra_kernels.masked_whiten(advantages, mask)
+        advantages = hydra_kernels.masked_whiten(advantages, mask, reduce=processes.sum)
     kl = scored.kl if scored.kl is not None else scored.logprobs - scored.ref_logprobs  # (B, T)
     sequence_kl = torch.where(mask, kl, 0.0).sum(-1)
     lengths = mask.sum(-1).float()
@@ -544,16 +577,21 @@ def make_experience(
         "objective/non_score_reward": -kl_coef * sequence_kl.mean(),
         "objective/rlhf_reward": (scores - kl_coef * sequence_kl).mean(),
         "objective/scores": scored.scores.mean(),
-        "objective/scores_std": scored.scores.std(correction=0),
+        "objective/scores_std": processes.gather(scored.scores).std(correction=0),
         "objective/response_length": lengths.mean(),
         "val/num_eos_tokens": rollout.ended.sum(),
-        "val/explained_variance": explained_variance(scored.values, returns, mask),
+        "val/explained_variance": explained_variance(scored.values, returns, mask, processes.sum),
         "tokens/response": lengths.sum(),
     }
     if rollout.logprobs is not None and config.rollout_logprobs != "reuse":
         metrics["val/rollout_logprob_diff"] = (rollout.logprobs - scored.logprobs).abs().max()
     experience = Experience(rollout, scored.logprobs, scored.values, advantages, returns, prefixes)
-    return experience, to_floats(metrics)
+    kinds = {
+        "val/num_eos_tokens": "sum",
+        "tokens/response": "sum",
+        "val/rollout_logprob_diff": "max",
+    }
+    return experience, to_floats(processes.combine(metrics, kinds))
 
 
 # 5. Update
@@ -562,22 +600,33 @@ def make_experience(
 def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
     """All epochs over one rollout; returns the means of the updates' metrics."""
     config, optimizer, scheduler = run.state.config, run.state.optimizer, run.state.scheduler
+    processes, mask = run.state.processes, experience.rollout.response_mask
     critic_only = step <= config.critic_warmup_steps
     history: list[dict[str, Tensor]] = []
     stopped = False
     skipped = bad = 0
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(experience.rollout), generator=run.state.shuffle)
-        for minibatch in order.split(config.local_mini_batch_size):
+        order = minibatches(
+            len(experience.rollout), config.num_mini_batches, processes, run.state.shuffle
+        )
+        totals = processes.sum(
+            torch.stack([mask[rows.to(mask.device)].sum() for rows in order])
+        ).clamp(min=1)
+        for minibatch, total in zip(order, totals, strict=True):
             if stopped:
                 skipped += 1
                 scheduler.step()  # the schedule is a function of the rollout, not of early stops
                 continue
 
-            def attempt(size: int, minibatch: Tensor = minibatch) -> dict[str, Tensor]:
-                return update_minibatch(run, experience, minibatch, size, critic_only)
+            def attempt(
+                size: int, minibatch: Tensor = minibatch, total: Tensor = total
+            ) -> dict[str, Tensor]:
+                return update_minibatch(run, experience, minibatch, total, size, critic_only)
 
+            # The one place where processes may part: what has run out of memory tries again.
             found = run.microbatch.run(attempt, clean_up=optimizer.zero_grad)
+            found = processes.combine(found, UPDATE_KINDS)
+            processes.sum_gradients(trained_parameters(optimizer))
             norms = clip_gradients(config, optimizer, run.accelerator)
             losses = {n: found[n] for n in ("policy_loss", "value_loss") if n in found}
             if run.bad.is_bad(step, losses | norms, experience.tensors(minibatch)):
@@ -596,20 +645,33 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
     return update_metrics(history, skipped) | {"policy/bad_updates": float(bad)}
 
 
+# How figures of processes add up: each mean was weighted by its share of all tokens.
+UPDATE_KINDS = {
+    "policy_loss": "sum",
+    "entropy": "sum",
+    "approx_kl": "sum",
+    "clipfrac": "sum",
+    "ratio": "sum",
+    "ratio_max": "max",
+    "value_loss": "sum",
+    "vf_clipfrac": "sum",
+}
+
+
 def update_minibatch(
     run: Run,
     experience: Experience,
-    minibatch: Tensor,  # (mini,) rows of the rollout, on the CPU
+    minibatch: Tensor,  # (mini,) rows of this process's rollout, on the CPU
+    total: Tensor,  # () tokens of the minibatch in all processes, at least 1
     size: int,  # of a microbatch
     critic_only: bool,
 ) -> dict[str, Tensor]:
     """Gradients of one optimizer step, a microbatch at a time; token-weighted means of its metrics.
 
     A microbatch's loss is a mean over its own tokens, so it weighs in by their share: the sum is
-    the gradient of the whole minibatch, however it is cut.
+    the gradient of the whole minibatch, however it is cut, and over however many processes.
     """
     mask = experience.rollout.response_mask
-    total = mask[minibatch.to(mask.device)].sum().clamp(min=1)
     means: dict[str, Tensor] = {}
     config, models, accelerator = run.state.config, run.state.models, run.accelerator
     for rows in minibatch.split(size):
@@ -720,6 +782,11 @@ def clip_gradients(
     return norms
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimizer trains, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 # 6. Report
 
 
@@ -730,7 +797,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | PromptLike],
     sampler: Sampler,
-    reward_fn: RewardFn | None = None,
+    reward_fn: RewardFn | None,
+    processes: Processes,
 ) -> dict[str, float]:
     """Actor against reference on held-out prompts: scores of both, win rate and KL.
 
@@ -739,10 +807,14 @@ def evaluate(
     with torch.random.fork_rng(devices=_cuda_devices(models.actor.device)):
         torch.manual_seed(config.seed)
         found: dict[str, list[Tensor]] = {"actor": [], "reference": [], "kl": []}
-        for start in range(0, len(prompts), config.local_rollout_forward_batch_size):
-            rows = prompts[start : start + config.local_rollout_forward_batch_size]
+        # Every process its own, as even as they go; one may have none.
+        mine = list(range(len(prompts)))[processes.index :: processes.count]
+        every_seed = sampling_seeds(config.seed, 0, len(prompts))
+        for start in range(0, len(mine), config.local_rollout_forward_batch_size):
+            some = mine[start : start + config.local_rollout_forward_batch_size]
+            rows, seeds = [prompts[i] for i in some], [every_seed[i] for i in some]
             for role, model in (("actor", models.actor), ("reference", models.reference)):
-                rollout = sample(config, model, tokenizer, rows, sampler, role=role)
+                rollout = sample(config, model, tokenizer, rows, sampler, seeds, role=role)
                 roles = ["actor", "reference"] if role == "actor" else []
                 if reward_fn is None:
                     roles.append("reward")
@@ -767,17 +839,15 @@ def evaluate(
                 found[role].append(out.scores)
                 if role == "actor":
                     found["kl"].append((out.logprobs - out.ref_logprobs).sum(-1))
-    scores = torch.cat(found["actor"])
-    reference = torch.cat(found["reference"])
-    wins = (scores > reference).float() + 0.5 * (scores == reference).float()
-    return to_floats(
-        {
-            "eval/objective/scores": scores.mean(),
-            "eval/objective/reference_scores": reference.mean(),
-            "eval/objective/kl": torch.cat(found["kl"]).mean(),
-            "eval/win_rate": wins.mean(),
-        }
+    scores, reference, kl = (
+        torch.cat([torch.zeros(0, device=models.actor.device), *found[name]]).double()
+        for name in ("actor", "reference", "kl")
     )
+    wins = (scores > reference).double() + 0.5 * (scores == reference).double()
+    sums = torch.stack([column.sum() for column in (scores, reference, kl, wins)])
+    means = processes.sum(sums) / len(prompts)
+    names = ("objective/scores", "objective/reference_scores", "objective/kl", "win_rate")
+    return to_floats({f"eval/{name}": mean for name, mean in zip(names, means, strict=True)})
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:

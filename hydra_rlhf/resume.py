@@ -32,12 +32,16 @@ from hydra_rlhf.checkpoint import (
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels
+from hydra_rlhf.processes import Processes
 from hydra_rlhf.rewards import AdaptiveKLController, FixedKLController, RunningMoments
 from hydra_rlhf.schedule import PromptBatches
 
 TRAINED = "trained.safetensors"
 # What may differ between a run and its continuation: how long, how often, and on how much memory.
+# The sequences of an optimizer step may be split over more or fewer processes and microbatches.
 MAY_CHANGE = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "max_steps",
     "total_episodes",
     "save_steps",
@@ -67,18 +71,25 @@ class RunState:
     moments: RunningMoments | None
     batches: PromptBatches
     shuffle: torch.Generator
+    processes: Processes
 
     def save(self, store: CheckpointStore, step: int) -> Path | None:
-        """Takes the checkpoint of ``step``; None, and a warning, where the disk refuses."""
+        """Takes the checkpoint of ``step``; None, and a warning, where the disk refuses.
+
+        Called by every process; the first one writes, with the random generators of all.
+        """
+        rng = self.processes.gather_objects(rng_state())
+        if not self.processes.is_main:
+            return None
         try:
-            return store.save(step, lambda folder: self._write(folder, step))
+            return store.save(step, lambda folder: self._write(folder, step, rng))
         except OSError as error:
             _log.warning(
                 "the checkpoint of step %d was not written (%s); those before it stay", step, error
             )
             return None
 
-    def _write(self, folder: Path, step: int) -> None:
+    def _write(self, folder: Path, step: int, rng: list[dict[str, Any]]) -> None:
         if self.models.actor.adapters:
             self.models.save(folder)
         save_file({n: t.detach().cpu().contiguous() for n, t in self._trained()}, folder / TRAINED)
@@ -93,7 +104,8 @@ class RunState:
                 "moments": None if self.moments is None else dict(vars(self.moments)),
                 "batches": self.batches.state_dict(),
                 "shuffle": self.shuffle.get_state(),
-                "rng": rng_state(),
+                "minibatch": self._minibatch(),
+                "rng": rng,
             },
         )
 
@@ -109,6 +121,12 @@ class RunState:
         except (CheckpointError, OSError, SafetensorError) as error:
             raise UserError(f"cannot resume from {folder}: {error}") from error
         self._check_config(folder, state["config"])
+        if state["minibatch"] != self._minibatch():
+            raise UserError(
+                f"cannot resume from {folder}: an optimizer step was of {state['minibatch']} "
+                f"sequences and is of {self._minibatch()} (per_device_train_batch_size * "
+                "gradient_accumulation_steps * processes)"
+            )
         expected = {name: tensor.shape for name, tensor in self._trained()}
         found = {name: tensor.shape for name, tensor in trained.items()}
         if expected != found:
@@ -123,8 +141,18 @@ class RunState:
             vars(self.moments).update(state["moments"])
         self.batches.load_state_dict(state["batches"])
         self.shuffle.set_state(state["shuffle"])
-        set_rng_state(state["rng"])
+        if self.processes.index < len(state["rng"]):
+            set_rng_state(state["rng"][self.processes.index])
+        else:
+            _log.warning(
+                "process %d was not there before: its random generators start anew",
+                self.processes.index,
+            )
         return state["step"]
+
+    def _minibatch(self) -> int:
+        """Sequences behind one optimizer step, in all processes."""
+        return self.config.local_mini_batch_size * self.processes.count
 
     def _check_config(self, folder: Path, before: dict[str, Any]) -> None:
         now = dataclasses.asdict(self.config)

@@ -172,6 +172,7 @@ def shape_scores(
     moments: RunningMoments | None = None,
     center: bool = False,
     clip: float | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> Tensor:
     """Scores as PPO sees them: missing-EOS rule, scaling by running moments, clipping, in order.
 
@@ -183,6 +184,7 @@ def shape_scores(
         moments: Divide by its standard deviation, after adding this batch to it.
         center: Also subtract its mean.
         clip: Largest magnitude.
+        gather: Scores of every process, for the moments.
 
     Returns:
         (B,).
@@ -192,7 +194,7 @@ def shape_scores(
     if missing_eos_score is not None:
         scores = torch.where(ended, scores, missing_eos_score)
     if moments is not None:
-        moments.update(scores)
+        moments.update(gather(scores))
         mean = moments.mean if center else 0.0
         scores = (scores - mean) / (moments.std + 1e-8)
     return scores if clip is None else scores.clamp(-clip, clip)

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels
+from hydra_rlhf.processes import Processes
 
 
 def seed_everything(seed: int) -> None:
@@ -63,6 +65,34 @@ class PromptBatches:
             )
         self._generator.set_state(state["generator"])
         self._waiting = list(state["waiting"])
+
+
+def sampling_seeds(seed: int, step: int, count: int) -> list[int]:
+    """A seed for each of a step's ``count`` responses, whichever process samples it."""
+    words = np.random.SeedSequence((seed % 2**32, step)).generate_state(count, np.uint64)
+    return [int(word) for word in words]
+
+
+def minibatches(
+    local: int, num_mini_batches: int, processes: Processes, generator: torch.Generator
+) -> list[Tensor]:
+    """The rows of this process in each minibatch of an epoch.
+
+    The rollout's positions, which were drawn at random, are cut into runs of ``num_mini_batches``,
+    and each run gives one position to each minibatch. So minibatches are the same whatever the
+    number of processes, and every process has as many rows of each.
+
+    Args:
+        local: Sequences that this process holds, a multiple of num_mini_batches.
+        num_mini_batches: Minibatches of an epoch.
+        processes: Who holds the others.
+        generator: In the same state everywhere.
+    """
+    runs = local * processes.count // num_mini_batches
+    places = torch.rand(runs, num_mini_batches, generator=generator).argsort(dim=1)
+    mine = places[processes.share(runs)]
+    first = torch.arange(len(mine))[:, None] * num_mini_batches
+    return list((first + mine).unbind(dim=1))
 
 
 def make_optimizer(

@@ -6,11 +6,14 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from accelerate import Accelerator
 
 import hydra_kernels
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.records import check_run_dir
+from hydra_rlhf.records import check_run_dir, open_run_dir
 from hydra_rlhf.settings import required, setting
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -42,6 +45,17 @@ class OutputConfig:
         check_run_dir(self.output_dir, overwrite=self.overwrite, resume=resume)
         check_trackers(self.trackers)
         choose_backend(self.backend)
+
+
+def open_shared_run_dir(accelerator: Accelerator, output: OutputConfig) -> Path:
+    """``open_run_dir`` by the first process, once all have checked it and before any goes on."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        open_run_dir(
+            output.output_dir, overwrite=output.overwrite, resume=getattr(output, "resume", False)
+        )
+    accelerator.wait_for_everyone()
+    return Path(output.output_dir)
 
 
 def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hydra_rlhf import data, evaluate, ppo, sft
-from hydra_rlhf.commands.inputs import OutputConfig, command_line
+from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, models_of
-from hydra_rlhf.records import Tracker, open_run_dir
+from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import encode_prompts
 from hydra_rlhf.settings import required, setting
 
@@ -64,7 +66,7 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
     models, reward_fn = models_of(config, device=accelerator.device)
     check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
-    run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite, resume=output.resume)
+    run_dir = open_shared_run_dir(accelerator, output)
     settings = {"input": given, "ppo": config, "output": output}
     with Tracker(
         run_dir,
@@ -107,7 +109,8 @@ def train(
     **kwargs: Any,
 ) -> ppo.PPOResult:
     """``ppo.train`` with its figures on a bar and in the records."""
-    with tracker.progress(METHOD_TITLES[config.method], config.num_steps(len(prompts))) as bar:
+    steps = config.num_steps(len(prompts), PartialState().num_processes)
+    with tracker.progress(METHOD_TITLES[config.method], steps) as bar:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             tracker.log(step, metrics, "ppo")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hydra_rlhf import data, evaluate, sft
-from hydra_rlhf.commands.inputs import OutputConfig, command_line
+from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
 from hydra_rlhf.data import Preference
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel, default_lora_config
-from hydra_rlhf.records import Tracker, open_run_dir
+from hydra_rlhf.records import Tracker
 from hydra_rlhf.settings import required, setting
 from hydra_rlhf.sft import SFTConfig, SFTResult
 
@@ -63,7 +63,7 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
     sft.check_data(config, model, tokenizer, pairs, held_out, demonstrations)
     if config.lora_r:
         model = add_lora(model, config)
-    run_dir = open_run_dir(output.output_dir, overwrite=output.overwrite)
+    run_dir = open_shared_run_dir(accelerator, output)
     settings = {"input": given, "training": config, "output": output}
     with Tracker(
         run_dir,

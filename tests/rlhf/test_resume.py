@@ -223,11 +223,11 @@ def test_out_of_memory_halves_the_microbatch(monkeypatch, caplog):
     """And the gradients, so the run, are those of the small microbatch from the start."""
     real = ppo.update_minibatch
 
-    def too_large(run, experience, minibatch, size, critic_only):
+    def too_large(run, experience, minibatch, total, size, critic_only):
         if size > 1:
-            real(run, experience, minibatch, size, critic_only)  # leaves gradients behind
+            real(run, experience, minibatch, total, size, critic_only)  # leaves gradients behind
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(run, experience, minibatch, size, critic_only)
+        return real(run, experience, minibatch, total, size, critic_only)
 
     small = run(None, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     monkeypatch.setattr(ppo, "update_minibatch", too_large)

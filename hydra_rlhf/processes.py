@@ -1,0 +1,125 @@
+"""The processes of a run, as ``accelerate launch`` started them, and what they tell each other.
+
+Each process samples and scores its own share of a rollout's prompts; before every optimizer step
+the gradients of the trained tensors, and of no others, are summed over all of them. That sum is
+accelerate's ``reduce`` over flat buckets and not ``DistributedDataParallel``, because an update
+here is two backward passes over sets that share no tensor, over two models in some methods, and
+because a process that runs out of memory halves its microbatch alone: each may make another number
+of passes, and only the sum at the end is common. It also holds no bucket between updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, gather_object
+from torch import Tensor
+
+from hydra_rlhf.errors import UserError
+
+BUCKET = 1 << 25  # elements of one sum: 128 MB of float32, beyond which links are saturated
+
+
+class Processes:
+    """What a step asks of the others. With one process everything is the identity.
+
+    Args:
+        accelerator: Of the run.
+
+    Raises:
+        UserError: it was launched in a way that splits or replaces the models.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        splitting = {
+            DistributedType.FSDP: "FSDP",
+            DistributedType.DEEPSPEED: "DeepSpeed",
+            DistributedType.MEGATRON_LM: "Megatron-LM",
+            DistributedType.XLA: "XLA",
+        }.get(accelerator.distributed_type)
+        if splitting is not None:
+            raise UserError(
+                f"ppo cannot run under {splitting}: the base model is frozen and every process "
+                "holds it whole; launch with --multi_gpu (or --cpu) instead"
+            )
+        self._accelerator = accelerator
+        self.index = accelerator.process_index
+        self.count = accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def share(self, total: int) -> slice:
+        """The part of ``total`` positions, a multiple of the processes, that is this one's."""
+        size = total // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's rows, in the order of the processes."""
+        return tensor if self.count == 1 else self._accelerator.gather(tensor)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """One object a process, in their order. Small ones: they are pickled."""
+        return [item] if self.count == 1 else gather_object([item])
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is True anywhere; the same answer everywhere."""
+        if self.count == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self._accelerator.device)) > 0)
+
+    def combine(self, figures: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+        """Figures of one process each into those of all, in one transfer.
+
+        Args:
+            figures: Of one element each, the same names everywhere.
+            kinds: "sum", "mean" or "max" by name; a name that is not there is a mean.
+        """
+        if self.count == 1 or not figures:
+            return dict(figures)
+        rows = self.gather(torch.stack([v.detach().double() for v in figures.values()])[None])
+        by_kind = {"sum": rows.sum(0), "mean": rows.mean(0), "max": rows.amax(0)}
+        return {
+            name: by_kind[kinds.get(name, "mean")][i].to(value.dtype)
+            for i, (name, value) in enumerate(figures.items())
+        }
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replaces each gradient by the sum over the processes. A missing one is left missing."""
+        if self.count == 1:
+            return
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            flat = self.sum(torch.cat([gradient.flatten() for gradient in bucket]))
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def broadcast(self, parameters: Iterable[Tensor]) -> None:
+        """Gives every process the values of the first."""
+        if self.count > 1:
+            for parameter in parameters:
+                parameter.copy_(broadcast(parameter.detach().clone()))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype with at most BUCKET elements, or one larger tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(t.numel() for t in bucket) + tensor.numel()
+        if bucket and (size > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
