@@ -30,7 +30,7 @@ INK, FAINT = "#22272e", "#d7dce2"
 # Ours are saturated, peers are muted; all keep apart in greyscale and for colour-blind readers.
 OURS = {"cuda": "#0b6e4f", "triton": "#1f9e89", "cpu": "#0b6e4f", "reference": "#7f9cc0"}
 PEERS = ("#c8553d", "#8d6a9f", "#b08d3c", "#6b7280", "#a65e8a", "#4f7cac")
-FLOORS = {"copy", "product", "bare product", "F.linear"}  # drawn thin: limits, not alternatives
+FLOORS = {"copy", "product", "bare product", "F.linear"}  # thin: limits, not alternatives
 STYLE = {
     "font.size": 9.5,
     "axes.edgecolor": FAINT,
@@ -97,7 +97,7 @@ def time_against_tokens(records: Sequence[Record], op: str) -> Figure | None:
 def memory_against_vocabulary(records: Sequence[Record]) -> Figure | None:
     panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in records:
-        if "V" in r.shape and r.peak_mib is not None:
+        if r.op == "linear_logprob" and r.peak_mib is not None:
             panels[(r.mode, rest(r, "V"))].append(r)
     points = {key: len({r.shape["V"] for r in group}) for key, group in panels.items()}
     shown = sorted((k for k in panels if points[k] > 1), key=lambda k: -points[k])[:3]
@@ -188,12 +188,13 @@ def ppo_methods(records: Sequence[Record]) -> Figure | None:
     """Bars by method: peak memory with the part that is held, and seconds per sample."""
     groups: dict[str, dict[str, Record]] = defaultdict(dict)
     for r in records:
-        if r.op == PPO and "s_per_sample" in r.figures:
+        # Variants of a method have names of their own and stay in the tables.
+        if r.op == PPO and r.mode in METHODS and "s_per_sample" in r.figures:
             groups[rest(r)][r.mode] = r
     if not groups:
         return None
     label, group = max(groups.items(), key=lambda item: (len(item[1]), tokens_of_ppo(item[1])))
-    methods = [m for m in METHODS if m in group] + sorted(set(group) - set(METHODS))
+    methods = [m for m in METHODS if m in group]
     has_memory = all("peak_gib" in group[m].figures for m in methods)
     figure, axes = plt.subplots(
         1, 1 + has_memory, figsize=(4.9 * (1 + has_memory), 3.5), squeeze=False,
@@ -203,18 +204,25 @@ def ppo_methods(records: Sequence[Record]) -> Figure | None:
     colours = [OURS["cuda"] if "hydra" in m else "#9aa5b1" for m in methods]
     if has_memory:
         ax = axes[0][0]
-        reached = [group[m].figures["peak_gib"] for m in methods]
-        held = [group[m].figures.get("held_gib", 0.0) for m in methods]
+        largest = max(group[m].figures["peak_gib"] for m in methods)
+        unit, scale = ("GiB", 1.0) if largest > 4 else ("MiB", 1024.0)
+
+        def of(name: str) -> list[float | None]:
+            found = (group[m].figures.get(name) for m in methods)
+            return [None if value is None else value * scale for value in found]
+
+        reached = [value or 0.0 for value in of("peak_gib")]
+        held = [value or 0.0 for value in of("held_gib")]
         ax.barh(places, reached, color=colours, alpha=0.45, height=0.62)
         ax.barh(places, held, color=colours, height=0.62)
-        planned = [group[m].figures.get("planned_gib") for m in methods]
+        planned = of("planned_gib")
         for i, value in enumerate(planned):
             if value is not None:
                 ax.plot([value, value], [i - 0.36, i + 0.36], color=INK, lw=1.6)
         marks = "solid: held, pale: peak" + (", line: planned" if any(planned) else "")
-        ax.set_title(f"memory, GiB   ({marks})")
+        ax.set_title(f"memory, {unit}   ({marks})")
         ends = [max(a, b or 0.0) for a, b in zip(reached, planned, strict=True)]
-        bar_labels(ax, reached, ends, "{:.1f}")
+        bar_labels(ax, reached, ends, "{:,.1f}" if scale == 1 else "{:,.0f}")
     ax = axes[0][-1]
     seconds = [group[m].figures["s_per_sample"] for m in methods]
     ax.barh(places, seconds, color=colours, height=0.62)

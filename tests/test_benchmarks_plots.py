@@ -62,14 +62,15 @@ def test_memory_against_vocabulary():
 
 def test_methods_stand_in_the_papers_order():
     rows = [
-        method("hydra-ppo", s_per_sample=1.0, peak_gib=2.0, held_gib=1.0, planned_gib=2.5),
-        method("lora-ppo", s_per_sample=3.0, peak_gib=4.0, held_gib=3.0),
+        method("hydra-ppo", s_per_sample=1.0, peak_gib=20.0, held_gib=10.0, planned_gib=25.0),
+        method("lora-ppo, same memory", s_per_sample=9.0, peak_gib=90.0),
+        method("lora-ppo", s_per_sample=3.0, peak_gib=40.0, held_gib=30.0),
     ]
     memory, seconds = plots.ppo_methods(rows).axes
     assert [t.get_text() for t in memory.get_yticklabels()] == ["lora-ppo", "hydra-ppo"]
-    assert [bar.get_width() for bar in memory.patches] == [4.0, 2.0, 3.0, 1.0]
+    assert [bar.get_width() for bar in memory.patches] == [40.0, 20.0, 30.0, 10.0]
     assert [bar.get_width() for bar in seconds.patches] == [3.0, 1.0]
-    assert [line.get_xdata()[0] for line in memory.lines] == [2.5]
+    assert [line.get_xdata()[0] for line in memory.lines] == [25.0]
 
 
 def test_methods_without_memory_have_one_panel():

@@ -19,6 +19,7 @@ OP_COLUMNS = ("op", "mode", "shape", "dtype", "ours", "ours ms", "best peer", "p
 PPO_COLUMNS = ("method", "shape", "models GiB", "held GiB", "peak GiB", "planned GiB",
                "s/sample")  # fmt: skip
 CEILINGS = "ceilings"
+LIMITS = ("copy", "product", "bare product", "F.linear")  # what bounds an op, not an alternative
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def op_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (op, mode, shape, dtype), group in groups.items():
         timed = sorted((r for r in group if r["ms"] is not None), key=lambda r: r["ms"])
         mine = [r for r in timed if r["backend"] in OURS]
-        peers = [r for r in timed if r["backend"] not in (*OURS, "copy", "product", "F.linear")]
+        peers = [r for r in timed if r["backend"] not in (*OURS, *LIMITS)]
         row: dict[str, Any] = dict.fromkeys(OP_COLUMNS)
         row |= {"op": op, "mode": mode, "shape": shape, "dtype": dtype}
         if mine:
