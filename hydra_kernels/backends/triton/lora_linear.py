@@ -296,23 +296,31 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return [*runtime.wrong_device(*tensors), *registry.wrong_dtype(_DTYPES, *tensors)]
 
 
-def _rank_block(ranks: int) -> int:
-    return min(max(triton.next_power_of_2(ranks), 16), 64)
+def _rank_block(ranks: int, dtype: torch.dtype) -> int:
+    # Products in full float32 are not the tensor cores': more ranks at once spill.
+    most = 16 if dtype == torch.float32 else 64
+    return min(max(triton.next_power_of_2(ranks), 16), most)
 
 
-def _shrink_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
-    wide = 64 if dtype == torch.float32 else 128
-    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": _rank_block(ranks), "num_warps": 4}
+def _shrink_config(ranks: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
+    block = _rank_block(ranks, dtype)
+    wide = 64 if dtype == torch.float32 or (dropout and block > 32) else 128
+    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 4}
 
 
 def _expand_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
-    return {"BLOCK_M": 64, "BLOCK_C": 128, "BLOCK_R": _rank_block(ranks), "num_warps": 4}
+    block = _rank_block(ranks, dtype)
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block, "num_warps": 4}
+    return {"BLOCK_M": 64, "BLOCK_C": 128, "BLOCK_R": block, "num_warps": 4}
 
 
 def _contract_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
-    block = _rank_block(ranks)
+    block = _rank_block(ranks, dtype)
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block, "num_warps": 4}
     # As many columns as their sums leave registers for: each column block costs a part of dS.
-    wide = {16: 256, 32: 128, 64: 128}[block] // (2 if dtype == torch.float32 else 1)
+    wide = {16: 256, 32: 128, 64: 128}[block]
     return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 8}
 
 
@@ -339,7 +347,7 @@ def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | 
     s = x.new_empty((m, ranks))
     if s.numel() == 0:
         return s
-    config = _shrink_config(ranks, x.dtype)
+    config = _shrink_config(ranks, x.dtype, dropout > 0.0)
     grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(ranks, config["BLOCK_R"]))
     lora_linear_shrink_kernel[grid](
         x,
@@ -606,7 +614,7 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 flags = {"HAS_IDS": ids, "HAS_DROPOUT": dropout}
                 expects = ("wide_loads",) if dtype == torch.float32 else ("tensor_cores",)
 
-                config = _shrink_config(rank, dtype)
+                config = _shrink_config(rank, dtype, dropout)
                 warps = config.pop("num_warps")
                 # A^T: columns are next to each other
                 strides = {"stride_fr": "i32:16"}
