@@ -44,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_sums_cuda", &hydra::cuda::linear_logprob_sums, release_gil());
   m.def("linear_logprob_finish_cuda", &hydra::cuda::linear_logprob_finish, release_gil());
   m.def("linear_logprob_grads_cuda", &hydra::cuda::linear_logprob_grads, release_gil());
+  m.def("lora_linear_decode_cuda", &hydra::cuda::lora_linear_decode, release_gil());
 #endif
 }

@@ -71,4 +71,12 @@ void linear_logprob_grads(
     std::int64_t stride, std::uintptr_t dlogits, int out_dtype, std::int64_t dlogits_stride,
     int device, std::uintptr_t stream);
 
+// At most 32 rows and 64 ranks. Zero counters (3,) int32 come back zero; s is (32, ranks) scratch.
+void lora_linear_decode(
+    bool is_bf16, std::uintptr_t x, std::uintptr_t w, std::uintptr_t bias, std::uintptr_t a,
+    std::uintptr_t b, std::int64_t stride_bn, std::int64_t stride_br, std::uintptr_t ids,
+    std::uintptr_t owner, std::uintptr_t scale, std::uintptr_t s, std::uintptr_t counters,
+    std::uintptr_t y, int num_rows, int num_outputs, int num_inputs, int num_ranks, int rows_per_id,
+    int device, std::uintptr_t stream);
+
 }  // namespace hydra::cuda

@@ -57,4 +57,4 @@ def saves_s(backend: str, dtype: torch.dtype) -> bool:
     Kept where it is small beside x: on a GPU, where reading x again is most of the product's time,
     and in half precision.
     """
-    return backend in ("cuda", "triton") and dtype in (torch.float16, torch.bfloat16)
+    return backend == "triton" and dtype in (torch.float16, torch.bfloat16)

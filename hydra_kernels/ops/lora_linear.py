@@ -181,7 +181,7 @@ def gated_linear(
     """
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
     tensors = (weight, bias, *lora_a, *lora_b)
-    chosen = _select(_OP, backend, x, adapter_ids, tensors)
+    chosen = _select(_OP, backend, x, adapter_ids, drawn, tensors)
     if adapter_ids is not None and chosen != "cpu":  # whose kernel looks at them anyway
         check_ids(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
@@ -215,7 +215,7 @@ def gated_linear_group(
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
     a = [t for each in lora_a for t in each]
     b: Sequence[Tensor] = [t for each in lora_b for t in each]
-    chosen = _select(_GROUP, backend, x, adapter_ids, (*weights, *biases, *a, *b))
+    chosen = _select(_GROUP, backend, x, adapter_ids, drawn, (*weights, *biases, *a, *b))
     if adapter_ids is not None and chosen != "cpu":
         check_ids(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
@@ -244,11 +244,12 @@ def _select(
     backend: str | None,
     x: Tensor,
     adapter_ids: Tensor | None,
+    seed: Tensor | None,
     tensors: tuple[Tensor | None, ...],
 ) -> str:
-    """registry.select, remembered: no backend of this op asks for more than devices and dtypes."""
-    if torch.compiler.is_compiling():
-        return registry.select(op, backend, x, adapter_ids, *tensors)
+    """registry.select, remembered on a CPU, whose backends ask for devices and dtypes alone."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return registry.select(op, backend, x, adapter_ids, seed, *tensors)
     key = (
         op,
         backend or os.environ.get("HYDRA_BACKEND"),
@@ -259,7 +260,7 @@ def _select(
     )
     chosen = _CHOICES.get(key)
     if chosen is None:
-        chosen = registry.select(op, backend, x, adapter_ids, *tensors)
+        chosen = registry.select(op, backend, x, adapter_ids, seed, *tensors)
         _CHOICES[key] = chosen
     return chosen
 

@@ -24,7 +24,7 @@ _CPP = frozenset({torch.float32, torch.bfloat16})
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
-    """``tensors`` are x, ids, the weights and biases, and the adapters."""
+    """``tensors`` are x, ids, the seed, the weights and biases, and the adapters."""
     reasons = registry.wrong_device("cpu", *tensors)
     found = {t.dtype for t in tensors if t is not None and t.is_floating_point()}
     if found - _CPP and found != {torch.float64}:
