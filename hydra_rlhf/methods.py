@@ -28,7 +28,7 @@ from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
 from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
-from hydra_rlhf.trunk import Prefix, blocks
+from hydra_rlhf.trunk import Prefix, blocks, flops
 
 # Prefixes of the distinct models, keyed by their position in MethodModels.distinct.
 Prefixes = Mapping[int, Prefix]
@@ -83,6 +83,51 @@ class MethodModels:
             for i, model in enumerate(self.distinct)
         }
         return {i: prefix for i, prefix in computed.items() if prefix is not None}
+
+    def prefix_savings(
+        self,
+        prefixes: Prefixes,
+        roles: Sequence[str],
+        *,
+        updates: float,
+        updated: Sequence[str] = ("actor", "critic"),
+        reuse: bool = True,
+    ) -> dict[str, float]:
+        """What the shared prefixes of a rollout saved, in passes through the blocks below them.
+
+        Args:
+            prefixes: Of this rollout.
+            roles: That were scored.
+            updates: Passes over the rollout that the update made, its epochs.
+            updated: Roles that it ran.
+            reuse: Whether reference and reward shared a pass anyway.
+
+        Returns:
+            ``reuse/prefix_flops_saved``, counted by ``trunk.flops``, forward passes only;
+            ``reuse/prefix_bytes_saved``, weights of those blocks that were not read again;
+            ``reuse/prefix_bytes_held``, what it cost: the activations kept.
+        """
+        played = self.by_role()
+        saved = {"flops": 0.0, "bytes": 0.0, "held": 0.0}
+        for i, model in enumerate(self.distinct):
+            prefix = prefixes.get(i)
+            if prefix is None:
+                continue
+            scoring = model.num_passes([r for r in roles if played.get(r) is model], reuse=reuse)
+            updating = model.num_passes([r for r in updated if played.get(r) is model])
+            avoided = scoring + updates * updating - 1  # one computed it
+            batch, length = prefix.hidden.shape[:2]
+            below = blocks(model.trunk)[: prefix.layer]
+            saved["flops"] += avoided * flops(model.trunk, 0, prefix.layer, batch, length)
+            saved["bytes"] += avoided * sum(
+                p.numel() * p.element_size() for block in below for p in block.parameters()
+            )
+            saved["held"] += prefix.nbytes
+        return {
+            "reuse/prefix_flops_saved": saved["flops"],
+            "reuse/prefix_bytes_saved": saved["bytes"],
+            "reuse/prefix_bytes_held": saved["held"],
+        }
 
     def score(
         self,

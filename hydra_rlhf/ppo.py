@@ -303,6 +303,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     # 5. Update: num_ppo_epochs passes over shuffled minibatches.
     with phases("update"):
         metrics |= update(run, step, experience)
+    if prefixes:
+        metrics |= saved_by_prefixes(run, step, prefixes, metrics["policy/updates_skipped"])
     # 6. Adjust the KL coefficient, evaluate.
     metrics["objective/kl_coef"] = kl_coef
     run.state.kl_controller.update(metrics["objective/kl"], len(batch))
@@ -463,6 +465,28 @@ def shared_prefixes(config: PPOConfig, models: MethodModels, rollout: Rollout) -
     return prefixes
 
 
+def saved_by_prefixes(
+    run: Run, step: int, prefixes: dict[int, Prefix], skipped: float
+) -> dict[str, float]:
+    """What this process did not compute and read again, thanks to the shared prefixes."""
+    config = run.state.config
+    return run.state.models.prefix_savings(
+        prefixes,
+        scored_roles(config, run.reward_fn is None),
+        updates=config.num_ppo_epochs - skipped / config.num_mini_batches,
+        updated=("critic",) if step <= config.critic_warmup_steps else ("actor", "critic"),
+        reuse=config.reuse_reference_reward,
+    )
+
+
+def scored_roles(config: PPOConfig, use_head: bool) -> list[str]:
+    """The roles that scoring runs: not a function's reward, nor an actor already known."""
+    roles = [role for role in ROLES if use_head or role != "reward"]
+    if config.rollout_logprobs == "reuse":
+        roles.remove("actor")
+    return roles
+
+
 def score(
     config: PPOConfig,
     models: MethodModels,
@@ -473,9 +497,7 @@ def score(
     use_head: bool = True,
 ) -> Score:
     """Everything a rollout needs, a few sequences at a time. Without gradient."""
-    roles = [role for role in ROLES if use_head or role != "reward"]
-    if config.rollout_logprobs == "reuse":
-        roles.remove("actor")
+    roles = scored_roles(config, use_head)
 
     def attempt(size: int) -> Score:
         return score_by(size, config, models, rollout, prefixes, roles)

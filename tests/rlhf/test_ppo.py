@@ -173,7 +173,41 @@ def test_same_seed_same_numbers(method):
 def test_shared_prefix_changes_nothing(method):
     with_prefix = run(settings(method=method, lora_last_k=1))
     without = run(settings(method=method, lora_layers_to_transform=[1], share_prefix=False))
-    assert numbers(with_prefix) == numbers(without)
+    reported = numbers(with_prefix)
+    for metrics in reported:
+        saved = [metrics.pop(f"reuse/prefix_{name}") for name in ("flops_saved", "bytes_held")]
+        assert metrics.pop("reuse/prefix_bytes_saved") > 0 and min(saved) > 0
+    assert reported == numbers(without)
+
+
+def test_what_the_prefix_saves_by_hand():
+    """Blocks run by the trunk with and without it differ by what is reported."""
+    config = settings(max_steps=1, lora_last_k=1, batched_score="no")
+    counted = {}
+    for share in (True, False):
+        models = method_from_model("hydra-ppo", plain_model(), lora=config)
+        calls = []
+        models.actor.trunk.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        shared = settings(max_steps=1, lora_last_k=1, batched_score="no", share_prefix=share)
+        shared.rollout_engine = "transformers"
+        # Scoring and updates see whole sequences; a step of generation sees one token.
+        models.actor.trunk.layers[0].register_forward_pre_hook(
+            lambda _, args, calls=calls: calls.append(0) if args[0].shape[1] == 1 else None
+        )
+        metrics = run(shared, models).metrics[0]
+        counted[share] = len(calls) - 2 * calls.count(0), metrics
+    # Two minibatches an epoch are half a batch each: their passes count half.
+    metrics = counted[True][1]
+    rows, layer = 8, models.actor.trunk.layers[0]
+    weights = sum(p.numel() for p in layer.parameters())
+    # Scored by three passes; two epochs of two roles; one of them made it.
+    assert metrics["reuse/prefix_bytes_saved"] == (3 + 2 * 2 - 1) * 4 * weights
+    length = metrics["reuse/prefix_bytes_held"] / (4 * rows * 32)
+    matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    flops = rows * length * (2 * matrices + 4 * length * 32)
+    assert metrics["reuse/prefix_flops_saved"] == 6 * flops
+    # The same in calls of block 0: 3 + 2 * 2 * 2 of halves without, 1 with.
+    assert counted[False][0] - counted[True][0] == 3 + 8 - 1
 
 
 @pytest.mark.parametrize(
