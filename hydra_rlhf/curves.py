@@ -29,14 +29,18 @@ class Panel:
     title: str
     unit: str
     lines: tuple[Line, ...]
+    limits: tuple[float, float] | None = None
+    chance: float | None = None  # a level to compare with, drawn dashed
+    log: bool = False
 
 
 PANELS = (
     Panel(
         "sft",
         "SFT loss",
-        "nats per token",
+        "nats per token, log scale",
         (Line("sft_loss", "training", smooth=True), Line("eval_sft_loss", "held out")),
+        log=True,
     ),
     Panel(
         "sft",
@@ -46,6 +50,8 @@ PANELS = (
             Line("accuracy", "training", smooth=True, percent=True),
             Line("eval_accuracy", "held out", percent=True),
         ),
+        limits=(30.0, 102.0),
+        chance=50.0,
     ),
     Panel(
         "ppo",
@@ -93,6 +99,8 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> Path | None:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained", dpi=130)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.1, h_pad=0.1)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -145,11 +153,22 @@ def _draw_panel(axis: Any, panel: Panel, found: list[tuple[Line, list[int], list
                 markersize=4,
                 label=line.label,
             )
-    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    if panel.log:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    if panel.chance is not None:
+        axis.axhline(panel.chance, color="#9aa7b1", linestyle="--", linewidth=1, label="chance")
+    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
     axis.set_ylabel(panel.unit, fontsize=9, color=INK)
     names = {"sft": "SFT step", "ppo": "PPO step"}
     axis.set_xlabel(names.get(panel.stage, "step"), fontsize=9, color=INK)
     axis.margins(x=0.02)
+    if panel.limits is not None:
+        axis.set_ylim(*panel.limits)
     _dress(axis)
     if len(found) > 1:
         axis.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -168,7 +168,7 @@ def run(config: DemoConfig) -> Evaluation:
         )
         tokenizer = evaluate.load_tokenizer(run_dir / "sft")
         prompts = bundled.demo_prompts("train")
-        result = ppo.train(ppo_config, models, tokenizer, prompts, tracker)
+        ppo.train(ppo_config, models, tokenizer, prompts, tracker)
         models.save(run_dir / "ppo", base_model=str(run_dir / "sft"))
         del models
         gc.collect()
@@ -179,8 +179,6 @@ def run(config: DemoConfig) -> Evaluation:
         tracker.plot()
         seconds = time.perf_counter() - started
         show(tracker, evaluation, run_dir, title, trained.final, seconds)
-        for message in result.diagnostics:
-            tracker.say(f"note: {message}")
         tracker.write_text("README.md", readme(evaluation, run_dir, title, config, trained.final))
     return evaluation
 
