@@ -232,6 +232,87 @@ def likelihood_losses(
     }
 
 
+class Trainer:
+    """The optimizer steps of a run.
+
+    Args:
+        config: Settings.
+        model: Trained in place: its adapter "actor" where it has one, else all of it; and the
+            reward head, where the objective has a reward loss.
+        tokenizer: Pads.
+        accelerator: Device, precision and processes.
+        steps: How many there will be; the schedule depends on it.
+    """
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        model: HydraModel,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        steps: int,
+    ):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.accelerator = accelerator
+        self.role = "actor" if model.adapters else None
+        torch.manual_seed(config.seed)
+        module: nn.Module = PairLoss(model, config, self.role)
+        optimizer = _optimizer(config, model)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, steps))
+        model.to(accelerator.device)
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.module.train()
+        if config.gradient_checkpointing:
+            _checkpoint(model.causal_lm)
+
+    def step(self, batch: list[EncodedPair]) -> tuple[dict[str, float], int]:
+        """One optimizer step on a batch of all processes; its figures, and its tokens."""
+        config, accelerator = self.config, self.accelerator
+        share = batch[accelerator.process_index :: accelerator.num_processes]
+        # The counts of the batch over all processes are known to each: no reduction is needed.
+        num_tokens = sum(len(pair.chosen) - (not pair.prompt) for pair in batch)
+        num_pairs = max(sum(bool(pair.rejected) for pair in batch), 1)
+        world = accelerator.num_processes  # DDP averages gradients; ours are sums already divided
+        micro = config.micro_batch_size or max(len(share), 1)
+        pieces = [share[i : i + micro] for i in range(0, len(share), micro)] or [batch[:1]]
+        totals: dict[str, Tensor] = {}
+        for index, piece in enumerate(pieces):
+            collated = _collate(config, self.tokenizer, piece).to(accelerator.device)
+            last = index == len(pieces) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+                sums = self.module(collated)
+                sums.pop("difference", None)
+                loss = _combine(config, sums, num_tokens, num_pairs)
+                if not share:  # more processes than pairs: take part in the reduction with nothing
+                    loss = loss * 0.0
+                    sums = {name: value * 0.0 for name, value in sums.items()}
+                accelerator.backward(loss * world)
+            for name, value in sums.items():
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+        norm = None
+        if config.max_grad_norm:
+            norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if world > 1:
+            totals = accelerator.reduce(totals, reduction="sum")
+        figures = {"loss": float(_combine(config, totals, num_tokens, num_pairs))}
+        if "sft" in totals:
+            figures["sft_loss"] = float(totals["sft"]) / num_tokens
+        for name, label in PAIR_FIGURES.items():
+            if name in totals and any(pair.rejected for pair in batch):
+                figures[label] = float(totals[name]) / num_pairs
+        if norm is not None:
+            figures["grad_norm"] = float(norm)
+        figures["lr"] = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        passed = sum(len(p.prompt) + len(p.chosen) for p in batch)
+        if config.objective != "sft":
+            passed += sum(len(p.prompt) + len(p.rejected) for p in batch if p.rejected)
+        return figures, passed
+
+
 def train(
     config: SFTConfig,
     model: HydraModel,
@@ -255,44 +336,27 @@ def train(
     """
     accelerator = accelerator or make_accelerator()
     encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
-    role = "actor" if model.adapters else None
     plan = _plan_batches(config, encoded)
-    torch.manual_seed(config.seed)
-
-    module: nn.Module = PairLoss(model, config, role)
-    optimizer = _optimizer(config, model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, len(plan)))
-    model.to(accelerator.device)
-    module, optimizer = accelerator.prepare(module, optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    module.train()
-    if config.gradient_checkpointing:
-        _checkpoint(model.causal_lm)
-
+    trainer = Trainer(config, model, tokenizer, accelerator, len(plan))
     started = time.perf_counter()
     tokens = 0
     final: dict[str, float] = {}
     shown: dict[str, float] = {}
     with tracker.progress(TITLES[config.objective], len(plan)) as bar:
         for step, batch in enumerate(plan, start=1):
-            share = batch[accelerator.process_index :: accelerator.num_processes]
-            figures, batch_tokens = _step(
-                config, module, optimizer, accelerator, parameters, batch, share, tokenizer
-            )
-            figures["lr"] = float(schedule.get_last_lr()[0])
-            schedule.step()
+            figures, batch_tokens = trainer.step(batch)
             tokens += batch_tokens
             figures["tokens_per_s"] = tokens / (time.perf_counter() - started)
             last = step == len(plan)
             if held_out and (last or (config.eval_every and step % config.eval_every == 0)):
-                final = evaluate(config, model, tokenizer, held_out, role=role)
+                final = evaluate(config, model, tokenizer, held_out, role=trainer.role)
                 figures.update({f"eval_{k}": v for k, v in final.items()})
             tracker.log(step, figures, stage)
             shown.update(_to_show(config, figures))
             bar.update(step, **shown)
             if on_step is not None:
                 on_step(step)
-    module.eval()
+    trainer.module.eval()
     return SFTResult(len(plan), tokens, time.perf_counter() - started, final)
 
 
@@ -367,58 +431,6 @@ def calibration_error(differences: Tensor, bins: int = CALIBRATION_BINS) -> floa
     which = ((stated - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, which, stated - right)
     return (gaps.abs().sum() / len(differences)).item()
-
-
-def _step(
-    config: SFTConfig,
-    module: nn.Module,
-    optimizer: Any,
-    accelerator: Accelerator,
-    parameters: list[nn.Parameter],
-    batch: list[EncodedPair],  # of all processes
-    share: list[EncodedPair],  # of this one
-    tokenizer: Any,
-) -> tuple[dict[str, float], int]:
-    """One optimizer step; its figures, and the tokens in the whole batch."""
-    # The counts of the batch over all processes are known to each: no reduction is needed.
-    num_tokens = sum(len(pair.chosen) - (not pair.prompt) for pair in batch)
-    num_pairs = max(sum(bool(pair.rejected) for pair in batch), 1)
-    world = accelerator.num_processes  # DDP averages gradients; ours are sums already divided
-    micro = config.micro_batch_size or max(len(share), 1)
-    pieces = [share[i : i + micro] for i in range(0, len(share), micro)] or [batch[:1]]
-    totals: dict[str, Tensor] = {}
-    for index, piece in enumerate(pieces):
-        collated = _collate(config, tokenizer, piece).to(accelerator.device)
-        sync = index == len(pieces) - 1
-        with accelerator.no_sync(module) if not sync else contextlib.nullcontext():
-            sums = module(collated)
-            sums.pop("difference", None)
-            loss = _combine(config, sums, num_tokens, num_pairs)
-            if not share:  # more processes than pairs: take part in the reduction with nothing
-                loss = loss * 0.0
-                sums = {name: value * 0.0 for name, value in sums.items()}
-            accelerator.backward(loss * world)
-        for name, value in sums.items():
-            totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-    norm = None
-    if config.max_grad_norm:
-        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if world > 1:
-        totals = accelerator.reduce(totals, reduction="sum")
-    figures = {"loss": float(_combine(config, totals, num_tokens, num_pairs))}
-    if "sft" in totals:
-        figures["sft_loss"] = float(totals["sft"]) / num_tokens
-    for name, label in PAIR_FIGURES.items():
-        if name in totals and any(pair.rejected for pair in batch):
-            figures[label] = float(totals[name]) / num_pairs
-    if norm is not None:
-        figures["grad_norm"] = float(norm)
-    passed = sum(len(p.prompt) + len(p.chosen) for p in batch)
-    if config.objective != "sft":
-        passed += sum(len(p.prompt) + len(p.rejected) for p in batch if p.rejected)
-    return figures, passed
 
 
 def _combine(config: SFTConfig, sums: dict[str, Tensor], num_tokens: int, num_pairs: int) -> Tensor:
