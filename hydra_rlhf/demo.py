@@ -87,7 +87,7 @@ FULL = Scale(
         max_length=CONTEXT,
     ),
     ppo=PPOConfig(
-        max_steps=60,
+        max_steps=50,
         per_device_train_batch_size=64,
         num_mini_batches=1,
         local_rollout_forward_batch_size=192,
