@@ -33,23 +33,18 @@ def train(
     prompts: Sequence[str],
     tracker: Tracker,
     *,
-    num_samples: int = 8,
-    response_length: int = 64,
-    temperature: float = 1.0,
     accelerator: Accelerator | None = None,
     stage: str = "sft",
 ) -> sft.SFTResult:
     """Train the adapter "actor" in place.
 
     Args:
-        config: ``batch_size`` prompts a step, over ``max_steps`` or ``epochs`` of the prompts.
+        config: ``batch_size`` prompts a step, over ``max_steps`` or ``epochs`` of the prompts;
+            ``num_samples`` (K of the paper), ``response_length`` and ``temperature`` of sampling.
         model: With the adapter "actor" and a trained reward head.
         tokenizer: Of the model.
         prompts: What to answer.
         tracker: For records and progress.
-        num_samples: Answers a prompt of which the best is imitated; K of the paper.
-        response_length: Most tokens in an answer.
-        temperature: Of sampling.
         accelerator: As in ``sft.train``.
         stage: The name in the records.
 
@@ -62,20 +57,21 @@ def train(
         raise UserError("raft needs a trained reward head beside the model")
     if not prompts:
         raise UserError("there are no prompts to train on")
+    num_samples = config.num_samples
     accelerator = accelerator or sft.make_accelerator()
     steps = config.max_steps or max(1, round(config.epochs * len(prompts) / config.batch_size))
     trainer = sft.Trainer(replace(config, objective="sft"), model, tokenizer, accelerator, steps)
     encoded = encode_prompts(tokenizer, prompts)
     sampling = Sampling(
-        response_length,
-        temperature,
+        config.response_length,
+        config.temperature,
         rollouts.stop_token_ids(tokenizer, "eos"),
         rollouts.pad_token_id(tokenizer),
     )
     order = PromptBatches(len(prompts), config.batch_size, config.seed)
     started = time.perf_counter()
     tokens = 0
-    with tracker.progress("RAFT", steps) as bar:
+    with tracker.progress(sft.TITLES["raft"], steps) as bar:
         for step in range(1, steps + 1):
             chosen = [encoded[i] for i in next(order)]
             ids, mask = rollouts.pad_left(

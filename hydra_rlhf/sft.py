@@ -54,6 +54,7 @@ TITLES = {
     "dpo": "DPO",
     "rrhf": "RRHF",
     "pro": "PRO",
+    "raft": "RAFT",
 }
 
 
@@ -63,10 +64,11 @@ class SFTConfig:
 
     _argument_group_name = "training"
 
-    objective: Literal["hydra", "sft", "rm", "dpo", "rrhf", "pro"] = setting(
+    objective: Literal["hydra", "sft", "rm", "dpo", "rrhf", "pro", "raft"] = setting(
         "hydra",
-        "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone; dpo "
-        "(needs --lora-r), rrhf, pro: rankings of the pairs by their likelihood",
+        "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone; dpo, "
+        "rrhf, pro: rankings of the pairs by their likelihood; raft: imitates the best of its own "
+        "answers to the prompts. dpo and raft need --lora-r",
     )
     gamma: float = setting(0.1, "weight of the reward loss in the hydra objective")
     rm_loss: Literal["last", "diverged"] = setting(
@@ -107,13 +109,24 @@ class SFTConfig:
     lora_dropout: float = setting(0.0, "dropout in front of LoRA")
     eval_every: int = setting(0, "evaluate each n steps; 0 only at the end")
     eval_batch_size: int = setting(64, "pairs per forward in evaluation")
+    num_samples: int = setting(8, "raft: answers a prompt, of which the best is imitated")
+    response_length: int = setting(64, "raft: most tokens in an answer")
+    temperature: float = setting(1.0, "raft: of sampling")
     seed: int = setting(0, "seed of the order of the data, of new weights and of dropout")
 
     def __post_init__(self) -> None:
         for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r", "beta"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "epochs", "batch_size", "eval_batch_size"):
+        for name in (
+            "learning_rate",
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "num_samples",
+            "response_length",
+            "temperature",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("max_steps", "micro_batch_size", "max_length", "head_learning_rate"):
@@ -124,8 +137,11 @@ class SFTConfig:
             raise UserError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.mix is not None and not 0 <= self.mix < 1:
             raise UserError(f"mix must be in [0, 1), got {self.mix}")
-        if self.objective == "dpo" and not self.lora_r:
-            raise UserError("objective dpo needs lora_r: its reference is the adapter off")
+        if self.objective in ("dpo", "raft") and not self.lora_r:
+            role = "reference" if self.objective == "dpo" else "reward model"
+            raise UserError(
+                f"objective {self.objective} needs lora_r: its {role} is the adapter off"
+            )
 
     @property
     def sft_weight(self) -> float:

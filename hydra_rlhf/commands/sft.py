@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from hydra_rlhf import data, evaluate, sft
+from hydra_rlhf import data, evaluate, raft, sft
 from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
+from hydra_rlhf.commands.ppo import loading_code
 from hydra_rlhf.data import Preference
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel, default_lora_config
@@ -45,6 +47,7 @@ class SFTInput:
             raise UserError(f"eval_share must be in [0, 1), got {self.eval_share}")
 
 
+ALIGNING = (*sft.LIKELIHOOD_OBJECTIVES, "raft")
 ARGUMENTS = (SFTInput, SFTConfig, OutputConfig)
 
 
@@ -61,6 +64,8 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
         trust_remote_code=given.trust_remote_code,
     )
     sft.check_data(config, model, tokenizer, pairs, held_out, demonstrations)
+    if config.objective == "raft" and not bool(model.reward_head.weight.any()):
+        raise UserError(f"objective raft needs a reward head beside {given.model}")
     if config.lora_r:
         model = add_lora(model, config)
     run_dir = open_shared_run_dir(accelerator, output)
@@ -72,27 +77,50 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
         log_with=output.trackers,
         is_main=accelerator.is_main_process,
     ) as tracker:
-        result = sft.train(
-            config,
-            model,
-            tokenizer,
-            pairs,
-            tracker,
-            eval_pairs=held_out,
-            demonstrations=demonstrations,
-            accelerator=accelerator,
-        )
+        if config.objective == "raft":
+            rows: list[Any] = [*pairs, *demonstrations]
+            prompts = list(dict.fromkeys(one.prompt for one in rows))
+            result = raft.train(config, model, tokenizer, prompts, tracker, accelerator=accelerator)
+        else:
+            result = sft.train(
+                config,
+                model,
+                tokenizer,
+                pairs,
+                tracker,
+                eval_pairs=held_out,
+                demonstrations=demonstrations,
+                accelerator=accelerator,
+            )
         if accelerator.is_main_process:
-            if config.lora_r:
-                model = sft.merge_adapter(model)
-            model.save_pretrained(run_dir / "model")
-            tokenizer.save_pretrained(run_dir / "model")
+            saved = save(config, model, tokenizer, run_dir, given.model)
             tracker.plot()
-            tracker.write_text("README.md", readme(given, config, result, str(run_dir)))
+            tracker.write_text("README.md", readme(given, config, result, saved))
+            tracker.say(f"Written: {saved}")
         for name, value in result.final.items():
             tracker.say(f"held-out {name.replace('_', ' ')}: {value:.3f}")
-        tracker.say(f"Checkpoint: {run_dir / 'model'}")
     return result
+
+
+def save(
+    config: SFTConfig, model: HydraModel, tokenizer: Any, run_dir: Path, base_model: str
+) -> Path:
+    """Writes what was trained: a checkpoint, or, of an aligned policy, the adapter alone.
+
+    dpo, rrhf, pro and raft align a policy as PPO does: with LoRA the result is an adapter for the
+    model it started from. The other objectives make a model to start from, so LoRA is merged. A
+    reward head that was not trained with the weights says nothing about them and is left out.
+    """
+    if config.lora_r and config.objective in ALIGNING:
+        model.save_adapters(run_dir, base_model=base_model)
+        return run_dir / "actor"
+    if config.lora_r:
+        model = sft.merge_adapter(model)
+    if config.objective not in sft.REWARD_OBJECTIVES:
+        model = HydraModel(model.causal_lm)
+    model.save_pretrained(run_dir / "model")
+    tokenizer.save_pretrained(run_dir / "model")
+    return run_dir / "model"
 
 
 def add_lora(model: HydraModel, config: SFTConfig) -> HydraModel:
@@ -128,16 +156,29 @@ def _pairs(
     return [pairs[i] for i in sorted(order[held:])], [pairs[i] for i in sorted(order[:held])]
 
 
-def readme(given: SFTInput, config: SFTConfig, result: SFTResult, run_dir: str) -> str:
+def readme(given: SFTInput, config: SFTConfig, result: SFTResult, saved: Path) -> str:
+    """README.md of the run folder."""
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in result.final.items()]
     sources = " and ".join(f"`{name}`" for name in (given.pair_data, given.sft_data) if name)
     results = ["| held-out figure | value |", "|---|---|", *rows] if rows else ["Not measured."]
+    if saved.name == "actor":
+        code = loading_code("hydra-ppo", given.model, saved.parent)
+        after = "The adapter is for the model that training started from."
+    else:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{saved}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{saved}")'
+        )
+        after = f"Next: `hydra-rlhf ppo --sft-model-path {saved.parent}`."
+        if config.objective not in sft.REWARD_OBJECTIVES:
+            after += " There is no reward head: give it --reward-model-path or --reward-fn."
     return "\n".join(
         [
-            f"# SFT with objective {config.objective}",
+            f"# {sft.TITLES[config.objective]} on {sources}",
             "",
-            f"`{given.model}` trained on {sources}: {result.steps} steps, "
-            f"{result.tokens} tokens, {result.seconds:.0f} s.",
+            f"From `{given.model}`: {result.steps} steps, {result.tokens} tokens, "
+            f"{result.seconds:.0f} s.",
             "",
             "## Results",
             "",
@@ -148,15 +189,10 @@ def readme(given: SFTInput, config: SFTConfig, result: SFTResult, run_dir: str) 
             "## Use",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{run_dir}/model")',
-            f'model = AutoModelForCausalLM.from_pretrained("{run_dir}/model")',
+            code,
             "```",
             "",
-            "Next: `hydra-rlhf ppo` takes the same folder as its SFT model, and "
-            "`model/reward_head.safetensors`",
-            "beside it as the reward model.",
+            after,
             "",
         ]
     )

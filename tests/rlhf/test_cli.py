@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hydra_rlhf import cli
 from hydra_rlhf.commands.sft import ARGUMENTS as SFT_ARGUMENTS
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.evaluate import load_policy
 
 ROOT = Path(__file__).parents[2]
 PAIR = {"prompt": "The rain.", "chosen": " I like it.", "rejected": " No."}
@@ -173,6 +175,46 @@ def test_an_output_folder_with_a_run_is_kept(tmp_path, model, pairs, capsys):
     assert "already holds a run" in fails(capsys, *base)
     assert (out / "metrics.jsonl").read_text() == record
     assert cli.main([str(a) for a in [*base, "--overwrite"]]) == 0
+
+
+def test_each_objective_leaves_what_the_next_command_takes(tmp_path, model, pairs, capsys):
+    """hydra a checkpoint with its head, dpo and raft an adapter for it, sft a model without."""
+    (tmp_path / "sft.jsonl").write_text(
+        json.dumps({"prompt": "The rain.", "completion": " I like it."}) + "\n"
+    )
+
+    def run(name, *flags):
+        base = ["sft", "--output-dir", tmp_path / name, "--max-steps", "1", "--eval-share", "0"]
+        assert cli.main([str(a) for a in (*base, *flags)]) == 0
+        return tmp_path / name
+
+    hydra = run("hydra", "--model", model, "--pair-data", pairs, "--learning-rate", "1e-2")
+    assert (hydra / "model" / "reward_head.safetensors").exists()
+    start = ("--model", hydra / "model", "--lora-r", "2")
+    for name, data in (("dpo", pairs), ("raft", pairs)):
+        flags = ("--objective", name, "--pair-data", data, "--response-length", "4")
+        folder = run(name, *start, *flags)
+        assert (folder / "actor" / "adapter_model.safetensors").exists()
+        assert not (folder / "model").exists()
+        policy, _ = load_policy(folder)
+        assert not policy.adapters
+    merged = run("sft", *start, "--objective", "sft", "--sft-data", tmp_path / "sft.jsonl")
+    assert not any("lora" in key for key in load_file(merged / "model" / "model.safetensors"))
+    line = fails(
+        capsys,
+        *("ppo", "--sft-model-path", merged, "--prompts", pairs, "--response-length", "4"),
+        *("--output-dir", tmp_path / "ppo"),
+    )
+    assert "no reward head" in line
+
+
+def test_objectives_that_need_something_say_so(tmp_path, model, pairs, capsys):
+    base = ["sft", "--model", model, "--pair-data", pairs, "--output-dir", tmp_path / "run"]
+    assert "dpo needs lora_r" in fails(capsys, *base, "--objective", "dpo")
+    flags = ["--objective", "raft", "--lora-r", "2"]
+    assert "raft needs a reward head" in fails(capsys, *base, *flags)
+    assert "is required" in fails(capsys, "sft", "--model", model, "--output-dir", tmp_path / "r")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("prompts", ["The rain. " * 40, ""], ids=["too-long", "none"])

@@ -13,7 +13,14 @@ from hydra_rlhf.sft import SFTConfig
 from tests.rlhf.test_sft import Words, tiny_model
 
 CONFIG = SFTConfig(
-    lora_r=8, batch_size=16, max_steps=30, learning_rate=1e-2, lr_scheduler="constant"
+    objective="raft",
+    num_samples=8,
+    response_length=4,
+    lora_r=8,
+    batch_size=16,
+    max_steps=30,
+    learning_rate=1e-2,
+    lr_scheduler="constant",
 )
 
 
@@ -40,9 +47,7 @@ def test_the_reward_of_its_answers_rises_and_the_base_stays(tmp_path, monkeypatc
     base = {k: v.clone() for k, v in plain_model().causal_lm.state_dict().items()}
     prompts = [f"{a} {b}" for a in range(3, 7) for b in range(8, 12)]
     with Tracker(open_run_dir(tmp_path / "run")) as tracker:
-        result = raft.train(
-            CONFIG, model, Words(), prompts, tracker, num_samples=8, response_length=4
-        )
+        result = raft.train(CONFIG, model, Words(), prompts, tracker)
     rewards = [line["objective/scores"] for line in read_metrics(tmp_path / "run")]
     best = [line["objective/best"] for line in read_metrics(tmp_path / "run")]
     assert result.steps == len(rewards) == 30
@@ -88,13 +93,13 @@ def test_the_imitated_answer_is_the_best_of_each_prompt(monkeypatch):
     monkeypatch.setattr(
         raft.sft.Trainer, "step", lambda self, batch: seen.append(batch) or original(self, batch)
     )
-    config = SFTConfig(lora_r=4, batch_size=2, max_steps=1)
-    raft.train(config, model, Words(), ["3 4", "5 6"], Tracker(None), num_samples=4)
+    config = SFTConfig(objective="raft", lora_r=4, batch_size=2, max_steps=1, num_samples=4)
+    raft.train(config, model, Words(), ["3 4", "5 6"], Tracker(None))
     assert [pair.chosen for pair in seen[0]] == [kept["answers"][1], kept["answers"][7]]
 
 
 def test_it_needs_an_adapter_a_reward_head_and_prompts():
-    config = SFTConfig(lora_r=4, max_steps=1)
+    config = SFTConfig(objective="raft", lora_r=4, max_steps=1)
     with pytest.raises(UserError, match="lora_r"):
         raft.train(config, tiny_model(), Words(), ["3"], Tracker(None))
     with pytest.raises(UserError, match="no prompts"):
