@@ -157,6 +157,9 @@ def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS  # shown beside the setting that it turns off
     return parser
 
 
@@ -170,6 +173,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         options = [option for option in action.option_strings if "_" not in option]
         if not options:
             return super()._format_action_invocation(action)
+        if action.nargs == "?" and action.default is True:
+            return f"{options[0]}, --no-{options[0].removeprefix('--')}"
         if action.nargs in (0, "?"):
             return ", ".join(options)
         if action.choices:

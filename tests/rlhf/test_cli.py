@@ -85,6 +85,14 @@ def test_every_setting_has_help(command, capsys):
     assert "--config" in capsys.readouterr().out
 
 
+def test_help_shows_a_switch_once(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--help"])
+    out = capsys.readouterr().out
+    assert out.count("--use-margins") == 1 and "--use-margins, --no-use-margins" in out
+    assert parse_sft("--no-use-margins")[1].use_margins is False
+
+
 @pytest.mark.parametrize("name", ["c.yaml", "c.json"])
 def test_flags_win_over_the_file(tmp_path, name):
     file = tmp_path / name
