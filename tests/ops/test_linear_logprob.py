@@ -352,6 +352,18 @@ def test_a_row_does_not_depend_on_its_batch(backend, M, D, V):
         assert torch.equal(grad, dhidden[rows]), rows
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built (HYDRA_BUILD=none)")
+@pytest.mark.parametrize("V", [257, 1])
+def test_a_row_does_not_depend_on_its_batch_with_threads(V):
+    """MKL on two threads rounds 64 rows by 257 columns at this depth unlike 1024 rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        test_a_row_does_not_depend_on_its_batch("cpu", 1100, 1024, V)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bit_for_bit(backend):
     M = 300 if backend in COMPILED else 40
@@ -415,6 +427,19 @@ def test_never_holds_the_logits(backend, monkeypatch):
         torch.testing.assert_close(small_out[name], out[name], rtol=1e-5, atol=1e-5)
     for a, b in zip(small_grads, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_chunks_go_on_where_the_last_one_stopped(backend, monkeypatch):
+    """In Triton the sum over the vocabulary is one chain, whatever the budget cuts it into."""
+    device = device_of(backend)
+    inputs = make_inputs(40, 24, 211, device)
+    upstream = torch.randn(4, 40, device=device)
+    _, whole = run(inputs, upstream, backend=backend)
+    monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", "0.02")  # 128 columns of 40 rows
+    _, cut = run(inputs, upstream, backend=backend)
+    for a, b in zip(whole, cut, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
