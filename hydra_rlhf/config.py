@@ -279,6 +279,12 @@ class PPOConfig(LoraSettings):
         "before it are skipped and counted in policy/bad_updates. [ours]",
     )
 
+    # Records
+    sample_steps: int = _field(
+        20, "Keep some responses of every so many steps, and of the first one; 0 keeps none. [ours]"
+    )
+    num_samples: int = _field(4, "How many of a step's responses. [ours]")
+
     # Evaluation
     eval_steps: int = _field(
         0, "Evaluate on held-out prompts every so many steps; 0 never does. [TRL]"

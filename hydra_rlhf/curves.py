@@ -85,7 +85,7 @@ PANELS = (
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> Path | None:
     """Write the panels that the records have figures for; None without matplotlib or figures."""
-    panels = [(panel, found) for panel in PANELS if (found := _series(panel, records))]
+    panels = [(panel, found) for panel in PANELS if (found := series(panel, records))]
     if not panels:
         return None
     try:
@@ -122,7 +122,7 @@ def moving_average(values: Sequence[float], smoothing: float = SMOOTHING) -> lis
     return averaged
 
 
-def _series(
+def series(
     panel: Panel, records: Sequence[dict[str, Any]]
 ) -> list[tuple[Line, list[int], list[float]]]:
     found = []

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from hydra_rlhf import evaluate, sft
+from hydra_rlhf.cards import write_cards
 from hydra_rlhf.commands import ppo
 from hydra_rlhf.commands.ppo import METHOD_TITLES
 from hydra_rlhf.config import PPOConfig
@@ -170,6 +171,8 @@ def run(config: DemoConfig) -> Evaluation:
         prompts = bundled.demo_prompts("train")
         ppo.train(ppo_config, models, tokenizer, prompts, tracker)
         models.save(run_dir / "ppo", base_model=str(run_dir / "sft"))
+        last = result.metrics[-1] if result.metrics else {}
+        write_cards(run_dir / "ppo", ppo_config, last, "the bundled demo prompts")
         del models
         gc.collect()
 
@@ -180,6 +183,7 @@ def run(config: DemoConfig) -> Evaluation:
         seconds = time.perf_counter() - started
         show(tracker, evaluation, run_dir, title, trained.final, seconds)
         tracker.write_text("README.md", readme(evaluation, run_dir, title, config, trained.final))
+        tracker.report(result.diagnostics)
     return evaluation
 
 

@@ -129,6 +129,7 @@ def train(
     eval_prompts: Sequence[str | PromptLike] | None = None,
     tracker: Tracker | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
 ) -> PPOResult:
@@ -145,6 +146,8 @@ def train(
         eval_prompts: Held-out prompts, used every ``config.eval_steps`` steps.
         tracker: Gets each step's metrics.
         on_step: Called with (step from 1, metrics) after each step.
+        on_samples: Called in the first process with (step, rows of prompt, response, score, kl)
+            after every ``config.sample_steps`` rollouts, and after the first.
         run_dir: Where ``checkpoints/`` and, after a fault, ``faults/`` go. With one, SIGTERM and
             SIGINT save the run and end it between two steps.
         resume: Go on from the newest whole checkpoint of ``run_dir``; from the start where there is
@@ -206,6 +209,7 @@ def train(
         scoring=Shrinking(
             "local_rollout_forward_batch_size", config.local_rollout_forward_batch_size
         ),
+        on_samples=on_samples if processes.is_main else None,
         bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / faults),
     )
     result = PPOResult(models)
@@ -259,6 +263,7 @@ class Run:
     microbatch: Shrinking
     scoring: Shrinking
     bad: BadUpdates
+    on_samples: Callable[[int, list[dict[str, Any]]], None] | None = None
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -284,6 +289,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
                 run.reward_fn, rollout.prompts, rollout.responses, rollout.columns, rollout.device
             )
             scored = scored._replace(scores=raw)
+    every = config.sample_steps
+    if run.on_samples is not None and every > 0 and (step == 1 or step % every == 0):
+        run.on_samples(step, some_samples(rollout, scored, config.num_samples))
     # 4. Rewards and advantages.
     with phases("advantages"), torch.no_grad():
         shaped = shape_scores(
@@ -556,6 +564,21 @@ def check_rollout_logprobs(rollout: Rollout, scored: Score, tolerance: float) ->
             f"{tolerance:.3g}: the sampler filters tokens, runs in another precision, or its KV "
             "cache sees other positions than the scoring pass"
         )
+
+
+def some_samples(rollout: Rollout, scored: Score, count: int) -> list[dict[str, Any]]:
+    """The first few responses of a rollout, whose order is random, with what they scored."""
+    kl = torch.where(rollout.response_mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(-1)
+    rows = zip(
+        rollout.prompts[:count],
+        rollout.responses,
+        scored.scores[:count].tolist(),
+        kl[:count].tolist(),
+        rollout.ended[:count].tolist(),
+        strict=False,
+    )
+    names = ("prompt", "response", "score", "kl", "ended")
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 # 4. Rewards and advantages

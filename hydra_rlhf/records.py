@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +40,7 @@ from hydra_rlhf.errors import UserError
 
 MARKER = "run.json"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 PLAIN_WIDTH = 110  # columns where stdout is not a terminal
 PLAIN_LINES = 10  # lines a stage prints there
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "triton")
@@ -179,6 +180,27 @@ class Tracker:
                     self._events.add_scalar(f"{stage}/{name}", value, step)
         for tracker in self._others:
             tracker.log({f"{stage}/{k}": v for k, v in figures.items()}, step=self._global_step)
+
+    def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]], stage: str) -> None:
+        """Adds what a step sampled to samples.jsonl: a line a response, with prompt and score."""
+        if self.run_dir is None:
+            return
+        file = self.run_dir / SAMPLES
+        if self._rewind is not None and SAMPLES not in self._rewind:
+            self._rewind.add(SAMPLES)
+            before = [row for row in read_lines(file) if row.get("step", step) < step]
+            _write_text(file, "".join(json.dumps(row) + "\n" for row in before))
+        with open(file, "a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+
+    def report(self, notes: Sequence[str] = ()) -> Path | None:
+        """Makes report.html from the records."""
+        if self.run_dir is None:
+            return None
+        from hydra_rlhf import report
+
+        return report.write(self.run_dir, notes)
 
     def _forget(self, stage: str, step: int) -> None:
         """Drops what a run that goes on will say again: the stage's steps from ``step`` on."""
@@ -338,16 +360,23 @@ def printable(text: str) -> str:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    return read_lines(Path(run_dir) / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file, up to the first line that is not one; none without it."""
     lines: list[dict[str, Any]] = []
-    path = Path(run_dir) / METRICS
     if not path.exists():
         return lines
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(found, dict):
+                break
+            lines.append(found)
     return lines
 
 

@@ -48,6 +48,8 @@ MAY_CHANGE = {
     "save_total_limit",
     "eval_steps",
     "num_eval_prompts",
+    "sample_steps",
+    "num_samples",
     "local_rollout_forward_batch_size",
     "prefix_device",
     "prefix_budget_gb",

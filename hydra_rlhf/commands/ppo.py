@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from hydra_rlhf import data, evaluate, ppo, sft
+from hydra_rlhf.cards import write_cards
 from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
@@ -88,12 +89,16 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
             resume=output.resume,
         )
         if result.stopped_by is not None:
+            tracker.report(result.diagnostics)
             tracker.say(f"{result.stopped_by.name}: saved; the same command with --resume goes on")
             raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
             models.save(run_dir, base_model=config.sft_model_path)
+            last = result.metrics[-1] if result.metrics else {}
+            write_cards(run_dir, config, last, given.prompts)
             tracker.plot()
             tracker.write_text("README.md", readme(given, config, result, run_dir))
+            tracker.report(result.diagnostics)
         for message in result.diagnostics:
             tracker.say(f"note: {message}")
         tracker.say(f"Adapters and heads: {run_dir}")
@@ -123,7 +128,15 @@ def train(
                 clipped=metrics.get("policy/clipfrac_avg"),
             )
 
-        return ppo.train(config, models, tokenizer, prompts, on_step=on_step, **kwargs)
+        return ppo.train(
+            config,
+            models,
+            tokenizer,
+            prompts,
+            on_step=on_step,
+            on_samples=lambda step, rows: tracker.log_samples(step, rows, "ppo"),
+            **kwargs,
+        )
 
 
 def check_prompts(

@@ -95,6 +95,7 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
         if accelerator.is_main_process:
             saved = save(config, model, tokenizer, run_dir, given.model)
             tracker.plot()
+            tracker.report()
             tracker.write_text("README.md", readme(given, config, result, saved))
             tracker.say(f"Written: {saved}")
         for name, value in result.final.items():
