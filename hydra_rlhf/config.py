@@ -281,7 +281,7 @@ class PPOConfig(LoraSettings):
 
     # Records
     sample_steps: int = _field(
-        20, "Keep some responses of every so many steps, and of the first one; 0 keeps none. [ours]"
+        20, "Keep responses of every so many steps, the first and the last; 0 keeps none. [ours]"
     )
     num_samples: int = _field(4, "How many of a step's responses. [ours]")
 

@@ -147,7 +147,7 @@ def train(
         tracker: Gets each step's metrics.
         on_step: Called with (step from 1, metrics) after each step.
         on_samples: Called in the first process with (step, rows of prompt, response, score, kl)
-            after every ``config.sample_steps`` rollouts, and after the first.
+            after every ``config.sample_steps`` rollouts, the first and the last.
         run_dir: Where ``checkpoints/`` and, after a fault, ``faults/`` go. With one, SIGTERM and
             SIGINT save the run and end it between two steps.
         resume: Go on from the newest whole checkpoint of ``run_dir``; from the start where there is
@@ -209,6 +209,7 @@ def train(
         scoring=Shrinking(
             "local_rollout_forward_batch_size", config.local_rollout_forward_batch_size
         ),
+        num_steps=num_steps,
         on_samples=on_samples if processes.is_main else None,
         bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / faults),
     )
@@ -263,6 +264,7 @@ class Run:
     microbatch: Shrinking
     scoring: Shrinking
     bad: BadUpdates
+    num_steps: int
     on_samples: Callable[[int, list[dict[str, Any]]], None] | None = None
 
 
@@ -290,7 +292,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             )
             scored = scored._replace(scores=raw)
     every = config.sample_steps
-    if run.on_samples is not None and every > 0 and (step == 1 or step % every == 0):
+    kept = step in (1, run.num_steps) or (every > 0 and step % every == 0)
+    if run.on_samples is not None and every > 0 and kept:
         run.on_samples(step, some_samples(rollout, scored, config.num_samples))
     # 4. Rewards and advantages.
     with phases("advantages"), torch.no_grad():

@@ -197,7 +197,7 @@ def _chart(panel: curves.Panel, found: Sequence[tuple[curves.Line, list[int], li
     """One panel as SVG: at most four lines, faint where a moving average is drawn over them."""
     if not found:
         return ""
-    width, height, left, top, bottom = 320, 170, 46, 8, 22
+    width, height, left, top, bottom = 320, 170, 56, 8, 22
     values = [v for _, _, line in found for v in line]
     steps = [s for _, line, _ in found for s in line]
     low, high = _limits(values)
@@ -290,7 +290,9 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
         "Memory by phase",
         '<div class="scroll"><table><tr><th>phase</th><th></th><th class="n">peak MiB</th>'
         '<th class="n">held after MiB</th><th class="n">seconds a step</th></tr>'
-        f"{body}</table></div>",
+        f"{body}</table></div>"
+        "<p class=sub>Largest of all steps: the allocator's on a GPU, the process's resident set "
+        "on a CPU.</p>",
     )
 
 
