@@ -315,12 +315,12 @@ def _expand_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_C": 128, "BLOCK_R": block, "num_warps": 4}
 
 
-def _contract_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
+def _contract_config(ranks: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
     block = _rank_block(ranks, dtype)
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block, "num_warps": 4}
     # As many columns as their sums leave registers for: each column block costs a part of dS.
-    wide = {16: 256, 32: 128, 64: 128}[block]
+    wide = {16: 256, 32: 128, 64: 64 if dropout else 128}[block]
     return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 8}
 
 
@@ -423,7 +423,7 @@ def _contract(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of x factor (P, M, R) and of drop(x)^T s (P, C, R), float32."""
     m, c = x.shape
-    config = _contract_config(ranks, x.dtype)
+    config = _contract_config(ranks, x.dtype, dropout > 0.0)
     col_blocks = triton.cdiv(c, config["BLOCK_C"])
     rank_blocks = triton.cdiv(ranks, config["BLOCK_R"])
     row_blocks = triton.cdiv(m, config["BLOCK_M"])
@@ -636,7 +636,7 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                     {"label": label, "num_warps": warps, "expects": expects},
                 )  # fmt: skip
 
-                config = _contract_config(rank, dtype)
+                config = _contract_config(rank, dtype, dropout)
                 warps = config.pop("num_warps")
                 both = not dropout  # dS and dB; with dropout, dA
                 yield (
