@@ -109,7 +109,8 @@ class CheckpointStore:
         found = self._steps()
         for step, path in reversed(found):
             try:
-                verify(path)
+                if verify(path) != step:
+                    raise CheckpointError(f"{MANIFEST} is of another step")
             except CheckpointError as error:
                 _log.warning("checkpoint %s is damaged and passed over: %s", path.name, error)
                 continue
