@@ -403,7 +403,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a tokenizer from {path}: {line}") from error

@@ -97,6 +97,11 @@ class ChatJudge:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"judge url {url!r}: expected http://... or https://...")
+        if parts.username is not None or parts.password is not None:
+            # It would be in every record of the run.
+            raise UserError(
+                f"judge url: no name or password in it; a key comes from {KEY_VARIABLES[0]}"
+            )
         path = parts.path.rstrip("/")
         if not path.endswith("/chat/completions"):
             path += "/chat/completions"

@@ -327,7 +327,7 @@ def is_classifier(path: str | Path) -> bool:
         UserError: there is no readable configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as e:
         first = str(e).strip().splitlines()[0]
         raise UserError(f"cannot load a reward model from {path}: {first}") from e

@@ -107,8 +107,12 @@ class ClassifierReward:
         tokenizer: Any = None,
     ):
         try:
-            self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(path))
-            self.model = AutoModelForSequenceClassification.from_pretrained(str(path), dtype="auto")
+            self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=False
+            )
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                str(path), dtype="auto", trust_remote_code=False
+            )
         except (OSError, ValueError, SafetensorError) as e:
             first = str(e).strip().splitlines()[0]
             raise UserError(f"cannot load a reward model from {path}: {first}") from e

@@ -46,7 +46,7 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
     if given.chart is not None and not Path(given.chart).resolve().parent.is_dir():
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
     try:
-        model_config = AutoConfig.from_pretrained(given.model)
+        model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
     except (OSError, ValueError) as e:
         first = str(e).strip().splitlines()[0]
         raise UserError(f"cannot read the configuration of {given.model}: {first}") from e

@@ -77,6 +77,8 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
         resume=output.resume,
         is_main=accelerator.is_main_process,
     ) as tracker:
+        if config.reward_fn is not None:
+            tracker.say(f"Reward: {config.reward_fn}. This runs your code, in this process.")
         result = train(
             config,
             models,
