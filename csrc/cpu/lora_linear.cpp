@@ -327,12 +327,14 @@ struct Kernels {
         }
       }
     }
-    for (std::int64_t col = 0; col < num_cols; col += kBlock) {
-      const int width = static_cast<int>(std::min<std::int64_t>(kBlock, num_cols - col));
-      const float* panel = panels + col * rank;
-      for (int t = 0; t < tiles; ++t) {
-        const float* s_tile = packed + t * rank * MR;
-        const int here = std::min(MR, rows - t * MR);
+    // Along the rows of y: down a block of columns, rows a power of two apart share a few sets of
+    // the cache and push each other out.
+    for (int t = 0; t < tiles; ++t) {
+      const float* s_tile = packed + t * rank * MR;
+      const int here = std::min(MR, rows - t * MR);
+      for (std::int64_t col = 0; col < num_cols; col += kBlock) {
+        const int width = static_cast<int>(std::min<std::int64_t>(kBlock, num_cols - col));
+        const float* panel = panels + col * rank;
         T* to = y + (m + t * MR) * num_cols + col;
         if constexpr (sizeof(T) == sizeof(float)) {
           if (here == MR && width == kBlock && d.threshold == 0) {
@@ -606,12 +608,18 @@ void shrink(
       for (int i = 0; i < rows; ++i) {
         const std::int64_t id = ids == nullptr ? 0 : ids[(m + i) / rows_per_id];
         float* to = s + (m + i) * lds;
-        for (std::int64_t c = 0; c < lds; ++c) {
-          const auto at = static_cast<std::size_t>(c);
-          const bool on = c < ranks && (ids == nullptr || owner[at] == id);
-          const std::int64_t from = (c / block * mr + i) * block + c % block;
-          to[c] = on ? scale[at] * total[static_cast<std::size_t>(from)] : 0.0f;
+        for (int b = 0; b < num_blocks; ++b) {
+          const float* from = total.get() + (b * mr + i) * block;
+          const std::int64_t c = static_cast<std::int64_t>(b) * block;
+          const std::int64_t width = std::min<std::int64_t>(block, ranks - c);
+          const std::int64_t* owns = owner.data() + c;
+          const float* factor = scale.data() + c;
+          for (std::int64_t j = 0; j < width; ++j) {
+            const bool on = ids == nullptr || owns[j] == id;
+            to[c + j] = on ? factor[j] * from[j] : 0.0f;
+          }
         }
+        for (std::int64_t c = ranks; c < lds; ++c) to[c] = 0.0f;
       }
     }
   }
