@@ -47,7 +47,20 @@ FILES = (
     "test_velora.py",
 )
 # What PEFT's tests import beside what ours do.
-NEEDED = ("diffusers", "importlib_metadata", "parameterized", "scipy", "zipp")
+NEEDED = (
+    "diffusers",
+    "attr",
+    "certifi",
+    "charset_normalizer",
+    "idna",
+    "importlib_metadata",
+    "parameterized",
+    "PIL",
+    "requests",
+    "scipy",
+    "urllib3",
+    "zipp",
+)
 
 
 def sources() -> Path:
