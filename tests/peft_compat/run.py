@@ -47,20 +47,21 @@ FILES = (
     "test_velora.py",
 )
 # What PEFT's tests import beside what ours do.
-NEEDED = (
-    "diffusers",
-    "attr",
-    "certifi",
-    "charset_normalizer",
-    "idna",
-    "importlib_metadata",
-    "parameterized",
-    "PIL",
-    "requests",
-    "scipy",
-    "urllib3",
-    "zipp",
-)
+NEEDED = {"attr": "attrs", "PIL": "pillow"} | {
+    name: name
+    for name in (
+        "certifi",
+        "charset_normalizer",
+        "diffusers",
+        "idna",
+        "importlib_metadata",
+        "parameterized",
+        "requests",
+        "scipy",
+        "urllib3",
+        "zipp",
+    )
+}
 
 
 def sources() -> Path:
@@ -79,8 +80,12 @@ def sources() -> Path:
     path.mkdir(exist_ok=True)
     if not (path / "hydra_kernels").exists():
         (path / "hydra_kernels").symlink_to(ROOT / "hydra_kernels")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing and not (path / missing[0]).exists():
+    missing = [
+        package
+        for name, package in NEEDED.items()
+        if importlib.util.find_spec(name) is None and not (path / name).exists()
+    ]
+    if missing:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(path)]
         subprocess.run([*command, *missing], check=True)
     return WORK / name
