@@ -245,6 +245,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{where}: not YAML: {problem}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply") from error
+    except (ValueError, OverflowError) as error:  # a date in month 13, a number of 5000 digits
+        raise UserError(f"{path}: holds a value that cannot be read: {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):

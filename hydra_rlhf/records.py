@@ -325,8 +325,11 @@ class _PlainBar(ProgressBar):
         self._printed = part
         shown = "".join(f"  {_label(k)} {format_figure(v)}" for k, v in self._figures.items())
         seconds = time.perf_counter() - self._started
+        left = ""
+        if 0 < step < self._total:
+            left = f", {seconds * (self._total - step) / step:.0f} s left"
         self._console.print(
-            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{shown}",
+            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{left}{shown}",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -525,6 +525,8 @@ def _optimizer(config: SFTConfig, model: HydraModel) -> torch.optim.Optimizer:
             parameter.requires_grad_(True)
         body = [p for p in model.causal_lm.parameters()]
     head.requires_grad_(config.objective in REWARD_OBJECTIVES)
+    # Not trained here, and DDP waits for whatever asks for a gradient.
+    model.value_head.requires_grad_(False)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in body if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},

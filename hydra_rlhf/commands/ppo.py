@@ -128,6 +128,7 @@ def train(
                 entropy=metrics.get("policy/entropy_avg"),
                 length=metrics["objective/response_length"],
                 clipped=metrics.get("policy/clipfrac_avg"),
+                **{"tokens/s": metrics["perf/tokens_per_second"]},
             )
 
         return ppo.train(

@@ -24,3 +24,11 @@ def test_a_bad_reader_is_found(fault, monkeypatch):
     monkeypatch.setattr(inputs, "LIMIT", 0.05)
     with pytest.raises((KeyError, AssertionError)):
         inputs.fuzz(5, number=1)
+
+
+@pytest.mark.parametrize(
+    "content", [b'"\\U10010000": 1', b"seed: 2001-13-40", b"seed: " + b"9" * 5000]
+)
+def test_settings_that_yaml_itself_cannot_build(content, tmp_path):
+    """Found by fuzzing: PyYAML raises a bare ValueError."""
+    inputs.Targets(tmp_path).config(("c.yaml", content))
