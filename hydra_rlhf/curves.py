@@ -12,7 +12,6 @@ _log = logging.getLogger(__name__)
 
 INK = "#22303c"
 COLOURS = ("#1b6ca8", "#d1495b", "#3a9d6e", "#c98a1b")
-SMOOTHING = 0.9  # of the exponential moving average that is drawn over noisy figures
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,12 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> Path | None:
     return path
 
 
-def moving_average(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
-    """Exponential, without the bias of its start (Kingma and Ba 2015, section 3)."""
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Exponential over a fifteenth of the values, at most 20, without the bias of its start.
+
+    The correction is that of Kingma and Ba 2015, arXiv:1412.6980, section 3.
+    """
+    smoothing = 1.0 - 1.0 / min(max(len(values) / 15, 2.0), 20.0)
     averaged, total, weight = [], 0.0, 0.0
     for value in values:
         total = smoothing * total + (1.0 - smoothing) * value
