@@ -9,7 +9,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt scripts/n
   $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test fuzz soak check compile-check format bench clean
+.PHONY: peft-compat help venv install demo test fuzz soak check compile-check format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -46,6 +46,9 @@ demo: $(INSTALLED)  ## train and evaluate a small model: Hydra-SFT, Hydra-PPO, b
 # One thread a worker: kernels of two workers would otherwise fight for the same cores.
 test: $(INSTALLED)  ## run all the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+peft-compat: $(INSTALLED)  ## run PEFT's own LoRA tests, stock and with our layers put in
+	$(BIN)/python -m tests.peft_compat.run
 
 fuzz: $(INSTALLED)  ## 50,000 files of any content for the readers of data, settings, checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.inputs --count 50000

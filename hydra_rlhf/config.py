@@ -87,7 +87,7 @@ class PPOConfig(LoraSettings):
     )
     method: str = _field(
         "hydra-ppo",
-        "Which models are held and trained; see DESIGN section 1. [Hydra, table 1]",
+        "Which models are held and which are trained; README has the table. [Hydra, table 1]",
         choices=METHODS,
     )
     reference_adapter: str | None = _field(

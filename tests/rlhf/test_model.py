@@ -162,7 +162,7 @@ def test_left_padding_does_not_move_a_sequence(family):
 
 
 def test_passes():
-    """DESIGN section 1: two passes for the joint adapter, three for two adapters."""
+    """Two passes for the joint adapter, three for two adapters."""
     joint, hydra = make_model("llama", ("joint",)), make_model("llama")
     assert (joint.num_passes(), hydra.num_passes()) == (2, 3)
     assert (joint.num_passes(reuse=False), hydra.num_passes(reuse=False)) == (3, 4)

@@ -130,7 +130,7 @@ def test_full_ppo_leaves_reference_and_reward_alone():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_models_held_and_passes(method):
-    """DESIGN section 1, the table."""
+    """As the README's table says."""
     models = method_from_model(method, plain_model(), lora=settings())
     held = dict(zip(METHODS, (4, 4, 2, 1, 1), strict=True))[method]
     passes = dict(zip(METHODS, (4, 4, 4, 2, 3), strict=True))[method]

@@ -34,7 +34,7 @@ def command(folder, *flags):
     return [
         *("ppo", "--sft-model-path", str(folder / "model"), "--output-dir", str(folder / "run")),
         *("--prompts", str(folder / "prompts.jsonl"), "--device", "cpu", "--lora-r", "2"),
-        *("--reward-fn", "my_reward:score", "--response-length", "4", "--max-steps", "2"),
+        *("--reward-fn", "security_reward:score", "--response-length", "4", "--max-steps", "2"),
         *("--per-device-train-batch-size", "2", "--num-ppo-epochs", "1", "--save-steps", "1"),
         *flags,
     ]
@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
     """A run with keys in the environment and paths in its data; the folder, and what it said."""
     folder = tmp_path_factory.mktemp("security")
     tiny_model(folder / "model", 0)
-    (folder / "my_reward.py").write_text(
+    (folder / "security_reward.py").write_text(
         "def score(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n"
     )
     row = {"prompt": "../../outside", "file_name": "../../outside", "path": str(folder / "outside")}
@@ -82,7 +82,7 @@ def test_a_run_folder_holds_no_pickle_but_the_optimizer_state(trained):
 
 
 def test_a_reward_function_is_said_to_be_the_users_code(trained, capsys):
-    assert "my_reward:score. This runs your code" in trained[1]
+    assert "security_reward:score. This runs your code" in trained[1]
     with pytest.raises(SystemExit):
         main(["ppo", "--help"])
     assert "This runs your code." in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""DESIGN section 5, each trap of the trainer by name, over at least three families.
+"""Each trap of the trainer by name, over at least three families.
 
 Traps 7, 9, 10 and 12 are the kernels' and are tested with them.
 """
