@@ -414,7 +414,7 @@ class Tiles(NamedTuple):
 def _tiles(itemsize: int, has_ref: bool, has_softcap: bool, major: int) -> Tiles:
     """The largest blocks of logits whose kernels spill no register: scripts/compile_check.py."""
     if itemsize == 4:  # products on the ordinary cores
-        return Tiles(32, 64, 32, 8, 2)
+        return Tiles(32, 64, 16 if has_ref and major < 9 else 32, 8, 2)
     if has_ref:
         return Tiles(64, 128, 32 if major < 9 else 64, 8, 3)
     return Tiles(64 if has_softcap or major >= 10 else 128, 128, 64, 8, 3)
