@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from tests import no_hypothesis
 
 if importlib.util.find_spec("hypothesis") is None:
     no_hypothesis.install()
+
+# A shell starts its background jobs with SIGINT ignored, and so would be every process from here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU the Triton kernels run in its interpreter, which reads this at import.
 if not torch.cuda.is_available():

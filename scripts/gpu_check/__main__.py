@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     says = "without a GPU: import, compile ahead of time, check the tables"
     parser.add_argument("--dry-run", action="store_true", help=says)
     args = parser.parse_args(argv)
+    # A background job of a shell ignores SIGINT, and its children would: parts are stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = Path(os.environ.get("GPU_CHECK_CALLED_FROM", "."), args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in report.FILES:
