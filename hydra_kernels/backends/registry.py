@@ -64,6 +64,7 @@ class Backends(tuple[str, ...]):
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 _ORDER: dict[str, tuple[str, ...]] = {}
 _UNAVAILABLE: dict[str, str] = {}
+_INSTALLED: dict[str, list[tuple[str, Callable[..., list[str]]]]] = {}  # cleared by what changes it
 
 
 def register(op: str, backend: str, kernel: Kernel) -> None:
@@ -74,6 +75,7 @@ def register(op: str, backend: str, kernel: Kernel) -> None:
     if backend in table:
         raise ValueError(f"{op} already has a kernel for backend {backend!r}")
     table[backend] = kernel
+    _INSTALLED.clear()
 
 
 def prefer(op: str, order: tuple[str, ...]) -> None:
@@ -81,11 +83,13 @@ def prefer(op: str, order: tuple[str, ...]) -> None:
     if sorted(order) != sorted(PRIORITY):
         raise ValueError(f"{op}: the order must name each of {', '.join(PRIORITY)} once")
     _ORDER[op] = order
+    _INSTALLED.clear()
 
 
 def unavailable(backend: str, reason: str) -> None:
     """Says why no kernel of ``backend`` could be registered."""
     _UNAVAILABLE[backend] = reason
+    _INSTALLED.clear()
 
 
 def kernel(op: str, backend: str) -> Kernel:
@@ -146,8 +150,8 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     if backend is None:
         backend = os.environ.get("HYDRA_BACKEND") or None
     if backend is None:
-        for name in backends(op):
-            reasons = _reasons(op, name, tensors)
+        for name, unsupported in _installed(op):
+            reasons = unsupported(*tensors)
             if not reasons:
                 return name
             if not torch.compiler.is_compiling():
@@ -161,6 +165,25 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         why = "; ".join(reasons)
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run {given}: {why}")
     return backend
+
+
+def _installed(op: str) -> list[tuple[str, Callable[..., list[str]]]]:
+    """The backends that this install can run, in order, with what each one refuses. Found once:
+    ops of some microseconds ask at every call."""
+    found = _INSTALLED.get(op)
+    if found is None:
+        names = _available(op)
+        found = [(n, _nothing if n == REFERENCE else _KERNELS[op][n].unsupported) for n in names]
+        if not torch.compiler.is_compiling():
+            _INSTALLED[op] = found
+            for name in backends(op):
+                if name in names.why_not:
+                    _say_once(op, name, names.why_not[name])
+    return found
+
+
+def _nothing(*tensors: Tensor | None) -> list[str]:
+    return []
 
 
 @functools.cache
@@ -189,12 +212,22 @@ def _reasons(op: str, backend: str, tensors: tuple[Tensor | None, ...]) -> list[
 
 def wrong_device(device: str, *tensors: Tensor | None) -> list[str]:
     """A reason when a tensor is not on a device of the type ``device``."""
+    for t in tensors:
+        if t is not None and t.device.type != device:
+            break
+    else:
+        return []
     found = sorted({t.device.type for t in tensors if t is not None} - {device})
-    return [f"needs tensors on {device}, got {', '.join(found)}"] if found else []
+    return [f"needs tensors on {device}, got {', '.join(found)}"]
 
 
 def wrong_dtype(allowed: Sequence[torch.dtype], *tensors: Tensor | None) -> list[str]:
     """A reason when a floating-point tensor has none of the dtypes ``allowed``."""
+    for t in tensors:
+        if t is not None and t.dtype not in allowed and t.is_floating_point():
+            break
+    else:
+        return []
     found = sorted(
         {
             str(t.dtype)
@@ -203,4 +236,4 @@ def wrong_dtype(allowed: Sequence[torch.dtype], *tensors: Tensor | None) -> list
         }
     )
     names = ", ".join(str(dtype) for dtype in allowed)
-    return [f"needs {names}, got {', '.join(found)}"] if found else []
+    return [f"needs {names}, got {', '.join(found)}"]

@@ -94,42 +94,32 @@ def ppo_loss(
             missing, mask is not bool, or a clip range is out of range.
         NotImplementedError: ``backend`` was named and cannot run these tensors.
     """
-    tensors = {
-        "logprobs": logprobs,
-        "values": values,
-        "old_logprobs": old_logprobs if logprobs is not None else None,
-        "old_values": old_values if values is not None else None,
-        "advantages": advantages if logprobs is not None else None,
-        "returns": returns if values is not None else None,
-        "entropy": entropy,
-        "kl": kl,
-    }
-    _check(tensors, mask, cliprange, cliprange_value)
-    # Half precision is widened, which is exact; float64 stays, for the reference.
-    wide = {
-        name: t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
-        for name, t in tensors.items()
-    }
-    chosen = registry.select(_OP, backend, *wide.values(), mask)
+    if logprobs is None:
+        old_logprobs = advantages = None
+    if values is None:
+        old_values = returns = None
+    tensors: tuple[Tensor | None, ...]
+    tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, kl)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _alike(tensors, mask) and 0.0 < cliprange < 1.0 and cliprange_value > 0.0:
+        some = logprobs if logprobs is not None else values
+        chosen = registry.select(_OP, backend, some, mask)  # the others are as these
+    else:
+        _check(tensors, mask, cliprange, cliprange_value)
+        # Half precision is widened, which is exact; float64 stays, for the reference.
+        tensors = tuple(
+            t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+            for t in tensors
+        )
+        chosen = registry.select(_OP, backend, *tensors, mask)
     coefs = (cliprange, cliprange_value, vf_coef, ent_coef, kl_coef)
     if chosen == registry.REFERENCE:
-        out = reference.ppo_loss(
-            wide["logprobs"],
-            wide["values"],
-            *(_constant(wide[n]) for n in ("old_logprobs", "old_values", "advantages", "returns")),
-            mask,
-            cliprange,
-            cliprange_value,
-            vf_coef,
-            wide["entropy"],
-            ent_coef,
-            wide["kl"],
-            kl_coef,
-        )
-        return PPOLoss(*out)
-    dense = [t if t is None else t.contiguous() for t in (*wide.values(), mask)]
-    if not torch.compiler.is_compiling():
-        return PPOLoss(*_PPOLoss.apply(*dense, *coefs, chosen))
+        constants = tuple(_constant(t) for t in tensors[2:6])
+        coefs_and_kl = (*coefs[:3], tensors[6], ent_coef, tensors[7], kl_coef)
+        return PPOLoss(*reference.ppo_loss(*tensors[:2], *constants, mask, *coefs_and_kl))
+    dense = [t if t is None else t.contiguous() for t in (*tensors, mask)]
+    if not compiling:
+        return PPOLoss._make(_PPOLoss.apply(*dense, *coefs, chosen))
     stats = torch.ops.hydra.ppo_loss_fwd(*dense, *coefs, chosen)[0]
     loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
     return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
@@ -139,15 +129,46 @@ def _constant(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
+_NAMES = (
+    "logprobs",
+    "values",
+    "old_logprobs",
+    "old_values",
+    "advantages",
+    "returns",
+    "entropy",
+    "kl",
+)
+
+
+def _alike(tensors: tuple[Tensor | None, ...], mask: Tensor) -> bool:
+    """Whether there is nothing to refuse and nothing to convert: the usual call, in one look
+    at each tensor. What is not alike goes through ``_check``, which says why."""
+    logprobs, values, old_logprobs, old_values, advantages, returns, _, _ = tensors
+    if logprobs is None:
+        if values is None:
+            return False
+    elif old_logprobs is None or advantages is None:
+        return False
+    if values is not None and (old_values is None or returns is None):
+        return False
+    shape, device, float32 = mask.shape, mask.device, torch.float32
+    for t in tensors:
+        if t is not None and (t.dtype is not float32 or t.shape != shape or t.device != device):
+            return False
+    return mask.dtype is torch.bool
+
+
 def _check(
-    tensors: dict[str, Tensor | None], mask: Tensor, cliprange: float, cliprange_value: float
+    tensors: tuple[Tensor | None, ...], mask: Tensor, cliprange: float, cliprange_value: float
 ) -> None:
+    named = dict(zip(_NAMES, tensors, strict=True))
     needs = {"logprobs": ("old_logprobs", "advantages"), "values": ("old_values", "returns")}
     for name, others in needs.items():
-        missing = [other for other in others if tensors[other] is None]
-        if tensors[name] is not None and missing:
+        missing = [other for other in others if named[other] is None]
+        if named[name] is not None and missing:
             raise ValueError(f"{_OP}: {name} needs {' and '.join(missing)}, got None")
-    for name, t in tensors.items():
+    for name, t in named.items():
         if t is None:
             continue
         if t.shape != mask.shape:
@@ -183,7 +204,7 @@ def _times(gradient: Tensor, weight: Tensor | None, keep: bool) -> Tensor:
     """``keep``: the result may be ``gradient`` itself, where nothing would change."""
     if weight is None:
         return torch.zeros_like(gradient, dtype=torch.float32)
-    if keep and weight.device.type == "cpu" and weight.item() == 1.0:
+    if keep and weight.is_cpu and weight.item() == 1.0:
         return gradient
     return gradient * weight
 
@@ -203,8 +224,8 @@ def _grads(
 ) -> tuple[Tensor | None, ...]:
     """Everything is linear in the upstream scalars, so that backward only scales."""
     g_loss, g_policy, g_value, g_entropy, g_kl = upstream
-    share = stats[9]
     scaled = registry.kernel(_OP, chosen).scaled  # type: ignore[attr-defined]
+    share = None if scaled and not (wanted[2] or wanted[3]) else stats[9]
     left, unit = (None, vf_coef or 1.0) if scaled else (share, 1.0)
     out: list[Tensor | None] = [None, None, None, None]
     if wanted[0] and dlogprobs is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import PPOKernel
+from hydra_kernels.backends.token_ops import PPOKernel, addresses
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -36,19 +36,10 @@ def fwd(
     stats = torch.empty(10, dtype=torch.float32)
     dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
     dvalues = None if values is None else torch.empty_like(values)
-    inputs = (
-        logprobs,
-        values,
-        old_logprobs,
-        old_values,
-        advantages,
-        returns,
-        entropy,
-        kl,
-        mask,
-    )
+    tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, kl)
     extension.module.ppo_loss_fwd_cpu(  # type: ignore[union-attr]
-        *(0 if t is None else t.data_ptr() for t in inputs),
+        *addresses(*tensors),
+        mask.data_ptr(),
         mask.numel(),
         cliprange,
         cliprange_value,
@@ -57,8 +48,7 @@ def fwd(
         kl_coef,
         vf_coef or 1.0,
         stats.data_ptr(),
-        0 if dlogprobs is None else dlogprobs.data_ptr(),
-        0 if dvalues is None else dvalues.data_ptr(),
+        *addresses(dlogprobs, dvalues),
     )
     return stats, dlogprobs, dvalues
 
