@@ -12,56 +12,51 @@ Source: Santacroce et al. 2023, arXiv:2309.00754, section 3.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hydra_kernels.peft
 from hydra_kernels.nn import LMHead
 from hydra_rlhf import trunk as trunks
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.lora import copy_adapter, default_lora_config, linear_names
+from hydra_rlhf.pretrained import (
+    REWARD_HEAD,
+    VALUE_HEAD,
+    first_line,
+    head_width,
+    load_causal_lm,
+    load_head,
+    new_head,
+    save_head,
+)
+from hydra_rlhf.roles import ROLES, Role, Score, last_token, position_ids
+from hydra_rlhf.scoring import hidden_of, of_logprobs
 from hydra_rlhf.trunk import Prefix
 
-ROLES = ("actor", "critic", "reference", "reward")
-REWARD_HEAD = "reward_head.safetensors"
-VALUE_HEAD = "value_head.safetensors"
+__all__ = [  # what other modules import from here, wherever it stands
+    "IGNORE",
+    "REWARD_HEAD",
+    "ROLES",
+    "VALUE_HEAD",
+    "HydraModel",
+    "Role",
+    "Score",
+    "default_lora_config",
+    "last_token",
+    "linear_names",
+    "load_causal_lm",
+    "position_ids",
+]
 IGNORE = -100
-# Fields of Score are typed as what they hold when asked for.
-_ABSENT: Any = None
-
-
-class Role(NamedTuple):
-    adapter: str | None  # None is the decoder with adapters off
-    head: str  # "lm", "value" or "reward"
-
-
-class Score(NamedTuple):
-    """What a rollout needs. Fields of roles that were not asked for are None.
-
-    Attributes:
-        logprobs: (B, T) float32, of each response token under the actor; 0 where masked.
-        entropy: (B, T) float32, of the actor.
-        ref_logprobs: (B, T) float32, under the reference.
-        kl: (B, T) float32, exact KL(actor || reference) over the vocabulary.
-        values: (B, T) float32, the critic's at the state before each response token; 0 where
-            masked.
-        scores: (B,) float32, the reward head at the last response token that counts.
-    """
-
-    logprobs: Tensor = _ABSENT
-    entropy: Tensor = _ABSENT
-    ref_logprobs: Tensor = _ABSENT
-    kl: Tensor = _ABSENT
-    values: Tensor = _ABSENT
-    scores: Tensor = _ABSENT
 
 
 class HydraModel(nn.Module):
@@ -103,10 +98,10 @@ class HydraModel(nn.Module):
         self.adapters: tuple[str, ...] = adapters
         self.base = causal_lm
         device = next(causal_lm.parameters()).device
-        width = _head_width(causal_lm)
+        width = head_width(causal_lm)
         # float32 whatever the decoder is: one column, and rewards are compared by small margins.
-        self.reward_head = reward_head or _new_head(width, device)
-        self.value_head = value_head or _new_head(width, device)
+        self.reward_head = reward_head or new_head(width, device)
+        self.value_head = value_head or new_head(width, device)
         if value_head is None:
             with torch.no_grad():
                 self.value_head.weight.copy_(self.reward_head.weight)
@@ -128,7 +123,7 @@ class HydraModel(nn.Module):
         if reference is not None:
             self._load_adapter("reference", reference)
             if "actor" in names or "joint" in names:
-                _copy_adapter(self.base, "reference", "actor" if "actor" in names else "joint")
+                copy_adapter(self.base, "reference", "actor" if "actor" in names else "joint")
         hydra_kernels.peft.fuse(self.base)
         # PEFT leaves only the adapter added first trainable; here all are, from start to end.
         for name, parameter in self.base.named_parameters():
@@ -139,7 +134,7 @@ class HydraModel(nn.Module):
         try:
             self.base.load_adapter(path, name, is_trainable=False)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-            raise UserError(f"cannot read a LoRA adapter from {path}: {_first_line(e)}") from e
+            raise UserError(f"cannot read a LoRA adapter from {path}: {first_line(e)}") from e
 
     # Parts
 
@@ -344,8 +339,8 @@ class HydraModel(nn.Module):
                 "at least one column must be prompt"
             )
         with self.no_dropout():
-            hidden = self._hidden_of(
-                input_ids, attention_mask, roles, batched, reuse_reference_reward, prefix
+            hidden = hidden_of(
+                self, input_ids, attention_mask, roles, batched, reuse_reference_reward, prefix
             )
         if detach_hidden:
             hidden = {role: h.detach() for role, h in hidden.items()}
@@ -355,24 +350,7 @@ class HydraModel(nn.Module):
         if keep_states is not None:
             keep_states.update(states)
 
-        out = Score()
-        if "actor" in states:
-            reference = states.get("reference")
-            lp: Any = self.lm_head.logprob(
-                states["actor"],
-                targets,
-                temperature=temperature,
-                ref_hidden=None if reference is None else reference.detach(),
-            )
-            out = out._replace(
-                logprobs=lp.logprobs,
-                entropy=lp.entropy if entropy else _ABSENT,
-                ref_logprobs=lp.ref_logprobs,
-                kl=lp.kl if kl else _ABSENT,
-            )
-        elif "reference" in states:
-            lp = self.lm_head.logprob(states["reference"], targets, temperature=temperature)
-            out = out._replace(ref_logprobs=lp.logprobs)
+        out = of_logprobs(self.lm_head, states, targets, temperature, kl=kl, entropy=entropy)
         if "critic" in states:
             values = self._head("value", states["critic"])
             out = out._replace(values=torch.where(response_mask, values, 0.0))
@@ -384,48 +362,6 @@ class HydraModel(nn.Module):
 
     # DDP and its kin run forward, so the differentiable work is there.
     forward = score
-
-    def _hidden_of(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        roles: Sequence[str],
-        batched: bool,
-        reuse: bool,
-        prefix: Prefix | None,
-    ) -> dict[str, Tensor]:
-        """role -> (B, L, D), in as few passes as the roles' adapters allow."""
-        passes: list[list[str]] = []
-        for role in roles:
-            adapter = self.role(role).adapter
-            for group in passes:
-                if self.role(group[0]).adapter == adapter and (reuse or adapter is not None):
-                    group.append(role)
-                    break
-            else:
-                passes.append([role])
-        hidden: dict[str, Tensor] = {}
-        if batched and len(passes) > 1:
-            n, batch = len(passes), input_ids.shape[0]
-            ids = torch.tensor([self.adapter_id(group[0]) for group in passes])
-            ids = ids.repeat_interleave(batch).to(input_ids.device, non_blocking=True)
-            every = self.hidden(
-                input_ids.repeat(n, 1),
-                attention_mask.repeat(n, 1),
-                adapter_ids=ids,
-                prefix=None if prefix is None else prefix.repeat(n),
-            )
-            for group, part in zip(passes, every.split(batch), strict=True):
-                hidden.update(dict.fromkeys(group, part))
-            return hidden
-        for group in passes:
-            # Reference and reward are constants; only the value and causal heads of trained
-            # roles send gradients back.
-            constant = all(role in ("reference", "reward") for role in group)
-            with torch.no_grad() if constant else contextlib.nullcontext():
-                part = self.hidden(input_ids, attention_mask, role=group[0], prefix=prefix)
-            hidden.update(dict.fromkeys(group, part))
-        return hidden
 
     def num_passes(self, roles: Sequence[str] = ROLES, *, reuse: bool = True) -> int:
         """Trunk passes that :meth:`score` makes for ``roles``."""
@@ -483,9 +419,9 @@ class HydraModel(nn.Module):
         causal_lm = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
         if device is not None:
             causal_lm.to(device)
-        width = _head_width(causal_lm)
+        width = head_width(causal_lm)
         heads = {
-            name: _load_head(Path(path) / file, width, next(causal_lm.parameters()).device)
+            name: load_head(Path(path) / file, width, next(causal_lm.parameters()).device)
             for name, file in (("reward_head", REWARD_HEAD), ("value_head", VALUE_HEAD))
         }
         return cls(
@@ -508,7 +444,7 @@ class HydraModel(nn.Module):
             if "lora_" not in name
         }
         self.causal_lm.save_pretrained(path, state_dict=state)
-        _save_head(self.reward_head, path / REWARD_HEAD)
+        save_head(self.reward_head, path / REWARD_HEAD)
         if self.adapters:
             self.save_adapters(path)
 
@@ -535,8 +471,8 @@ class HydraModel(nn.Module):
         """Writes value_head.safetensors and reward_head.safetensors."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        _save_head(self.value_head, path / VALUE_HEAD)
-        _save_head(self.reward_head, path / REWARD_HEAD)
+        save_head(self.value_head, path / VALUE_HEAD)
+        save_head(self.reward_head, path / REWARD_HEAD)
 
     def load_adapters(self, path: str | Path) -> None:
         """Reads what :meth:`save_adapters` wrote into the adapters and heads that are here.
@@ -551,120 +487,10 @@ class HydraModel(nn.Module):
                 state = load_file(file)
                 result: Any = peft.set_peft_model_state_dict(self.base, state, adapter_name=name)
             except (OSError, RuntimeError, SafetensorError) as e:
-                raise UserError(f"cannot read adapter {name} from {file}: {_first_line(e)}") from e
+                raise UserError(f"cannot read adapter {name} from {file}: {first_line(e)}") from e
             if result.unexpected_keys:
                 raise UserError(f"{file} has weights this model lacks: {result.unexpected_keys[0]}")
         for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
-            loaded = _load_head(path / name, head.in_features, head.weight.device)
+            loaded = load_head(path / name, head.in_features, head.weight.device)
             if loaded is not None:
                 head.load_state_dict(loaded.state_dict())
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B, L) positions that start at 0 on the first token of each row; 0 on padding to its left."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
-
-
-def last_token(response_mask: Tensor) -> Tensor:
-    """(B,) index of the last True in each row of (B, T); -1 where a row has none."""
-    columns = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
-    return (response_mask * columns).amax(-1) - 1
-
-
-def default_lora_config(causal_lm: Any, **settings) -> peft.LoraConfig:
-    """A LoraConfig over every linear layer of the decoder's blocks, rank 128 unless told.
-
-    Not PEFT's "all-linear": that reaches projections outside the blocks (OPT's) and refuses
-    ``layers_to_transform``.
-
-    Args:
-        causal_lm: The transformers model.
-        settings: To ``peft.LoraConfig``; ``r`` also sets ``lora_alpha`` where that is not given.
-    """
-    trunk = getattr(causal_lm, causal_lm.base_model_prefix)
-    if settings.get("target_modules") is None:
-        settings["target_modules"] = linear_names(trunk)
-    settings.setdefault("r", 128)
-    if settings.get("lora_alpha") is None:
-        settings["lora_alpha"] = settings["r"]
-    if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in trunk.modules()):
-        settings.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its weights (K, N)
-    if settings.get("layers_to_transform") is not None:
-        settings.setdefault("layers_pattern", trunks.blocks_name(trunk).split(".")[-1])
-    return peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-
-
-def linear_names(trunk: nn.Module) -> list[str]:
-    """Names, inside a block, of the linear layers of a trunk's blocks, such as ``q_proj``."""
-    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    names = {
-        name.rsplit(".", 1)[-1]
-        for block in trunks.blocks(trunk)
-        for name, module in block.named_modules()
-        if isinstance(module, linear)
-    }
-    return sorted(names)
-
-
-def load_causal_lm(
-    path: str | Path, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
-) -> Any:
-    """``AutoModelForCausalLM.from_pretrained``, in eval mode, with a UserError in one line."""
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, json.JSONDecodeError, SafetensorError) as e:
-        raise UserError(f"cannot load a causal language model from {path}: {_first_line(e)}") from e
-    return model.eval()
-
-
-def _head_width(causal_lm: Any) -> int:
-    """Width of the trunk's output: that of the causal head's input."""
-    return causal_lm.get_output_embeddings().weight.shape[1]
-
-
-def _new_head(width: int, device: torch.device) -> nn.Linear:
-    head = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
-    nn.init.zeros_(head.weight)
-    return head
-
-
-def _load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
-    if not file.is_file():
-        return None
-    try:
-        state = load_file(file)
-        weight = state["weight"]
-    except (OSError, KeyError, SafetensorError) as e:
-        raise UserError(f"cannot read a head from {file}: {_first_line(e)}") from e
-    if weight.shape != (1, width):
-        raise UserError(f"{file} holds a head of shape {tuple(weight.shape)}, not (1, {width})")
-    head = nn.Linear(width, 1, bias="bias" in state, device=device, dtype=torch.float32)
-    try:
-        head.load_state_dict(state)
-    except RuntimeError as e:
-        raise UserError(f"cannot read a head from {file}: {_first_line(e)}") from e
-    return head
-
-
-def _save_head(head: nn.Linear, file: Path) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    save_file(state, file)
-
-
-def _copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if "lora_" in name and f".{target}." in name:
-                other = parameters.get(name.replace(f".{target}.", f".{source}."))
-                if other is None or other.shape != parameter.shape:
-                    raise UserError(
-                        f"the {source} adapter has another rank or other layers than {target}'s"
-                    )
-                parameter.copy_(other)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,8 +1,9 @@
 """PPO on one base model, or on four: the loop, from top to bottom.
 
-Read :func:`train`. Its steps are numbered; each is a function below it. What the five methods
-differ in (which models are held and which adapters they train) is in ``methods.py``, and one loop
-serves them all.
+Read :func:`train`. Its steps are numbered, each a function: set-up and evaluation below it,
+sampling, scoring and advantages in ``experience.py``, gradients in ``update.py``. What the five
+methods differ in (which models are held and which adapters they train) is in ``methods.py``, and
+one loop serves them all.
 
 Notation: B sequences of a rollout, P prompt columns, T response columns, L = P + T.
 
@@ -14,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,16 +27,25 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import hydra_kernels
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.checkpoint import CheckpointStore, StopRequest, stop_on_signal
 from hydra_rlhf.config import PPOConfig
-from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.experience import (
+    PromptLike,
+    Sampler,
+    context_limit,
+    make_experience,
+    sample,
+    score,
+    scored_roles,
+    shared_prefixes,
+    some_samples,
+)
 from hydra_rlhf.faults import BadUpdates, Shrinking
 from hydra_rlhf.methods import MethodModels, method_from_model
-from hydra_rlhf.metrics import diagnose, explained_variance, to_floats, update_metrics
-from hydra_rlhf.model import ROLES, HydraModel, Score
+from hydra_rlhf.metrics import diagnose, to_floats
+from hydra_rlhf.model import HydraModel, Score
 from hydra_rlhf.phases import Phases
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.resume import RunState
@@ -48,15 +57,14 @@ from hydra_rlhf.rewards import (
     call_reward_fn,
     shape_scores,
 )
-from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.schedule import (
     PromptBatches,
     make_optimizer,
-    minibatches,
     sampling_seeds,
     seed_everything,
 )
 from hydra_rlhf.trunk import Prefix
+from hydra_rlhf.update import trained_parameters, update
 
 _log = logging.getLogger("hydra_rlhf")
 
@@ -65,13 +73,6 @@ class Tracker(Protocol):
     """Where metrics go."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-
-class PromptLike(Protocol):
-    """A prompt and the other columns of its row; see ``hydra_rlhf.data``."""
-
-    prompt: str
-    extra: dict[str, Any]
 
 
 @dataclass
@@ -93,30 +94,6 @@ class PPOResult:
     seconds: float = 0.0
     first_step: int = 1
     stopped_by: signal.Signals | None = None
-
-
-@dataclass
-class Experience:
-    """A scored rollout, ready for updates. All (B, T) float32, 0 where masked."""
-
-    rollout: Rollout
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    prefixes: dict[int, Prefix]
-
-    def tensors(self, rows: Tensor) -> dict[str, Tensor]:
-        """What some sequences were trained on, to be written to a file."""
-        index = rows.to(self.advantages.device)
-        return {
-            "query_responses": self.rollout.query_responses[index],
-            "response_mask": self.rollout.response_mask[index],
-            "old_logprobs": self.old_logprobs[index],
-            "old_values": self.old_values[index],
-            "advantages": self.advantages[index],
-            "returns": self.returns[index],
-        }
 
 
 def train(
@@ -374,106 +351,7 @@ def check_lengths(config: PPOConfig, models: MethodModels) -> None:
         )
 
 
-def context_limit(model: HydraModel) -> int | None:
-    """Most tokens the model has positions for; None where its configuration sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-# 2. Rollout
-
-
-class Sampler:
-    """How responses are sampled: by an engine for each model, or by transformers' generate."""
-
-    def __init__(self, config: PPOConfig, sampling: Sampling):
-        self.sampling = sampling
-        self._engines: dict[HydraModel, RolloutEngine] | None = None
-        if config.rollout_engine == "hydra":
-            self._engines = {}
-
-    def __call__(
-        self,
-        model: HydraModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        role: str,
-        with_logprobs: bool,
-        seeds: Sequence[int],
-    ) -> Rollout:
-        arguments = (model, input_ids, attention_mask, self.sampling)
-        if self._engines is None:
-            return rollouts.generate(*arguments, role=role, with_logprobs=with_logprobs)
-        engine = self._engines.get(model)
-        if engine is None:
-            engine = self._engines[model] = RolloutEngine(model)
-        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs, seeds=seeds)
-        if not engine.graph:
-            engine.release()  # the update has better use for the memory; a graph keeps its buffers
-        return rollout
-
-
-def sample(
-    config: PPOConfig,
-    model: HydraModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[str | PromptLike],
-    sampler: Sampler,
-    seeds: Sequence[int],
-    *,
-    role: str = "actor",
-) -> Rollout:
-    """Responses to a batch of prompts, a seed each, with texts and columns."""
-    texts = [row if isinstance(row, str) else row.prompt for row in rows]
-    limit = context_limit(model)
-    most = config.max_prompt_length
-    if limit is not None:
-        most = min(most or limit, limit - config.response_length)
-    input_ids, attention_mask = rollouts.encode_prompts(
-        tokenizer,
-        texts,
-        max_length=most,
-        apply_chat_template=config.apply_chat_template,
-        device=model.device,
-    )
-    rollout = sampler(
-        model,
-        input_ids,
-        attention_mask,
-        role=role,
-        with_logprobs=config.rollout_logprobs != "recompute",
-        seeds=seeds,
-    )
-    rollout.prompts = texts
-    rollout.responses = rollouts.decode(tokenizer, rollout)
-    extras = [{} if isinstance(row, str) else row.extra for row in rows]
-    names = dict.fromkeys(name for extra in extras for name in extra)
-    rollout.columns = {name: [extra.get(name) for extra in extras] for name in names}
-    return rollout
-
-
-# 3. Score
-
-
-def shared_prefixes(config: PPOConfig, models: MethodModels, rollout: Rollout) -> dict[int, Prefix]:
-    """Activations below the first adapted block, kept where the budget says; may be empty."""
-    if not config.share_prefix:
-        return {}
-    parts = [
-        models.compute_prefixes(
-            rollout.query_responses[rows.to(rollout.device)],
-            rollout.attention_mask[rows.to(rollout.device)],
-        )
-        for rows in torch.arange(len(rollout)).split(config.local_rollout_forward_batch_size)
-    ]
-    prefixes = {i: Prefix.join([part[i] for part in parts]) for i in parts[0]}
-    held = sum(prefix.nbytes for prefix in prefixes.values())
-    offload = config.prefix_device == "cpu" or (
-        config.prefix_device == "auto" and held > config.prefix_budget_gb * 1e9
-    )
-    if offload and rollout.device.type != "cpu":
-        prefixes = {i: prefix.offload() for i, prefix in prefixes.items()}
-    return prefixes
+# 6. Report
 
 
 def saved_by_prefixes(
@@ -488,354 +366,6 @@ def saved_by_prefixes(
         updated=("critic",) if step <= config.critic_warmup_steps else ("actor", "critic"),
         reuse=config.reuse_reference_reward,
     )
-
-
-def scored_roles(config: PPOConfig, use_head: bool) -> list[str]:
-    """The roles that scoring runs: not a function's reward, nor an actor already known."""
-    roles = [role for role in ROLES if use_head or role != "reward"]
-    if config.rollout_logprobs == "reuse":
-        roles.remove("actor")
-    return roles
-
-
-def score(
-    config: PPOConfig,
-    models: MethodModels,
-    rollout: Rollout,
-    prefixes: dict[int, Prefix],
-    scoring: Shrinking,
-    *,
-    use_head: bool = True,
-) -> Score:
-    """Everything a rollout needs, a few sequences at a time. Without gradient."""
-    roles = scored_roles(config, use_head)
-
-    def attempt(size: int) -> Score:
-        return score_by(size, config, models, rollout, prefixes, roles)
-
-    scored = scoring.run(attempt, clean_up=lambda: None)
-    if config.rollout_logprobs == "reuse" and rollout.logprobs is not None:
-        scored = scored._replace(logprobs=rollout.logprobs)
-    if config.rollout_logprobs == "check":
-        check_rollout_logprobs(rollout, scored, config.rollout_logprobs_tolerance)
-    return scored
-
-
-def score_by(
-    size: int,
-    config: PPOConfig,
-    models: MethodModels,
-    rollout: Rollout,
-    prefixes: dict[int, Prefix],
-    roles: Sequence[str],
-) -> Score:
-    """``models.score`` on ``size`` sequences at a time."""
-    parts = []
-    for rows in torch.arange(len(rollout)).split(size):
-        passes = models.num_passes(roles, reuse=config.reuse_reference_reward)
-        fits = passes * len(rows) <= size
-        batch = rollout.rows(rows.to(rollout.device))
-        parts.append(
-            models.score(
-                batch.query_responses,
-                batch.attention_mask,
-                batch.response_mask,
-                roles=roles,
-                batched=config.batched_score == "yes" or (config.batched_score == "auto" and fits),
-                reuse_reference_reward=config.reuse_reference_reward,
-                temperature=config.temperature,
-                kl=config.kl_estimator == "exact",
-                entropy=True,
-                prefixes={i: prefix.rows(rows) for i, prefix in prefixes.items()},
-            )
-        )
-    merged = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name, value in parts[0]._asdict().items()
-        if value is not None
-    }
-    return Score(**merged)
-
-
-def check_rollout_logprobs(rollout: Rollout, scored: Score, tolerance: float) -> None:
-    """Raises RuntimeError when generation and scoring disagree on a token."""
-    assert rollout.logprobs is not None and scored.logprobs is not None
-    worst = float((rollout.logprobs - scored.logprobs).abs().max())
-    if not worst <= tolerance:
-        raise RuntimeError(
-            f"rollout and forward log-probabilities differ by {worst:.3g} nats, more than "
-            f"{tolerance:.3g}: the sampler filters tokens, runs in another precision, or its KV "
-            "cache sees other positions than the scoring pass"
-        )
-
-
-def some_samples(rollout: Rollout, scored: Score, count: int) -> list[dict[str, Any]]:
-    """The first few responses of a rollout, whose order is random, with what they scored."""
-    kl = torch.where(rollout.response_mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(-1)
-    rows = zip(
-        rollout.prompts[:count],
-        rollout.responses,
-        scored.scores[:count].tolist(),
-        kl[:count].tolist(),
-        rollout.ended[:count].tolist(),
-        strict=False,
-    )
-    names = ("prompt", "response", "score", "kl", "ended")
-    return [dict(zip(names, row, strict=True)) for row in rows]
-
-
-# 4. Rewards and advantages
-
-
-def make_experience(
-    config: PPOConfig,
-    rollout: Rollout,
-    scored: Score,
-    scores: Tensor,  # (B,) after shaping
-    kl_coef: float,
-    prefixes: dict[int, Prefix],
-    processes: Processes,
-) -> tuple[Experience, dict[str, float]]:
-    """KL rewards, GAE and whitening, the last over all processes; with the rollout's metrics."""
-    mask = rollout.response_mask
-    rewards = hydra_kernels.kl_rewards(
-        scores,
-        scored.logprobs,
-        scored.ref_logprobs,
-        mask,
-        kl_coef=kl_coef,
-        estimator=config.kl_estimator,
-        kl=scored.kl,
-    )
-    if config.whiten_rewards:
-        rewards = hydra_kernels.masked_whiten(rewards, mask, shift_mean=False, reduce=processes.sum)
-    advantages, returns = hydra_kernels.gae(
-        rewards, scored.values, mask, gamma=config.gamma, lam=config.lam
-    )
-    if config.whiten_advantages:
-        advantages = hydra_kernels.masked_whiten(advantages, mask, reduce=processes.sum)
-    kl = scored.kl if scored.kl is not None else scored.logprobs - scored.ref_logprobs  # (B, T)
-    sequence_kl = torch.where(mask, kl, 0.0).sum(-1)
-    lengths = mask.sum(-1).float()
-    # The sampled estimate of it, where the actor was not run again.
-    entropy = -scored.logprobs if config.rollout_logprobs == "reuse" else scored.entropy
-    metrics = {
-        "objective/kl": sequence_kl.mean(),
-        "objective/entropy": torch.where(mask, entropy, 0.0).sum(-1).mean(),
-        "objective/non_score_reward": -kl_coef * sequence_kl.mean(),
-        "objective/rlhf_reward": (scores - kl_coef * sequence_kl).mean(),
-        "objective/scores": scored.scores.mean(),
-        "objective/scores_std": processes.gather(scored.scores).std(correction=0),
-        "objective/response_length": lengths.mean(),
-        "val/num_eos_tokens": rollout.ended.sum(),
-        "val/explained_variance": explained_variance(scored.values, returns, mask, processes.sum),
-        "tokens/response": lengths.sum(),
-    }
-    if rollout.logprobs is not None and config.rollout_logprobs != "reuse":
-        metrics["val/rollout_logprob_diff"] = (rollout.logprobs - scored.logprobs).abs().max()
-    experience = Experience(rollout, scored.logprobs, scored.values, advantages, returns, prefixes)
-    kinds = {
-        "val/num_eos_tokens": "sum",
-        "tokens/response": "sum",
-        "val/rollout_logprob_diff": "max",
-    }
-    return experience, to_floats(processes.combine(metrics, kinds))
-
-
-# 5. Update
-
-
-def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
-    """All epochs over one rollout; returns the means of the updates' metrics."""
-    config, optimizer, scheduler = run.state.config, run.state.optimizer, run.state.scheduler
-    processes, mask = run.state.processes, experience.rollout.response_mask
-    critic_only = step <= config.critic_warmup_steps
-    history: list[dict[str, Tensor]] = []
-    stopped = False
-    skipped = bad = 0
-    for _ in range(config.num_ppo_epochs):
-        order = minibatches(
-            len(experience.rollout), config.num_mini_batches, processes, run.state.shuffle
-        )
-        totals = processes.sum(
-            torch.stack([mask[rows.to(mask.device)].sum() for rows in order])
-        ).clamp(min=1)
-        for minibatch, total in zip(order, totals, strict=True):
-            if stopped:
-                skipped += 1
-                scheduler.step()  # the schedule is a function of the rollout, not of early stops
-                continue
-
-            def attempt(
-                size: int, minibatch: Tensor = minibatch, total: Tensor = total
-            ) -> dict[str, Tensor]:
-                return update_minibatch(run, experience, minibatch, total, size, critic_only)
-
-            # The one place where processes may part: what has run out of memory tries again.
-            found = run.microbatch.run(attempt, clean_up=optimizer.zero_grad)
-            found = processes.combine(found, UPDATE_KINDS)
-            processes.sum_gradients(trained_parameters(optimizer))
-            norms = clip_gradients(config, optimizer, run.accelerator)
-            losses = {n: found[n] for n in ("policy_loss", "value_loss") if n in found}
-            if run.bad.is_bad(step, losses | norms, experience.tensors(minibatch)):
-                bad += 1
-            else:
-                rates = {f"lr/{g['name']}": torch.tensor(g["lr"]) for g in optimizer.param_groups}
-                history.append(found | norms | rates)
-                if config.target_kl is not None and not critic_only:
-                    stopped = bool(found["approx_kl"] > 1.5 * config.target_kl)
-                if stopped:
-                    skipped += 1
-                else:
-                    optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-    return update_metrics(history, skipped) | {"policy/bad_updates": float(bad)}
-
-
-# How figures of processes add up: each mean was weighted by its share of all tokens.
-UPDATE_KINDS = {
-    "policy_loss": "sum",
-    "entropy": "sum",
-    "approx_kl": "sum",
-    "clipfrac": "sum",
-    "ratio": "sum",
-    "ratio_max": "max",
-    "value_loss": "sum",
-    "vf_clipfrac": "sum",
-}
-
-
-def update_minibatch(
-    run: Run,
-    experience: Experience,
-    minibatch: Tensor,  # (mini,) rows of this process's rollout, on the CPU
-    total: Tensor,  # () tokens of the minibatch in all processes, at least 1
-    size: int,  # of a microbatch
-    critic_only: bool,
-) -> dict[str, Tensor]:
-    """Gradients of one optimizer step, a microbatch at a time; token-weighted means of its metrics.
-
-    A microbatch's loss is a mean over its own tokens, so it weighs in by their share: the sum is
-    the gradient of the whole minibatch, however it is cut, and over however many processes.
-    """
-    mask = experience.rollout.response_mask
-    means: dict[str, Tensor] = {}
-    config, models, accelerator = run.state.config, run.state.models, run.accelerator
-    for rows in minibatch.split(size):
-        index = rows.to(mask.device)
-        weight = mask[index].sum() / total
-        losses = ppo_losses(config, models, experience, rows, index, accelerator, critic_only)
-        found: dict[str, Tensor] = {}
-        for loss, figures in losses:
-            accelerator.backward(loss * weight)
-            found |= figures
-        for name, value in found.items():
-            value = value.detach()
-            if name == "ratio_max":
-                means[name] = torch.maximum(means.get(name, value), value)
-            else:
-                means[name] = means.get(name, 0.0) + value * weight
-    return means
-
-
-def ppo_losses(
-    config: PPOConfig,
-    models: MethodModels,
-    experience: Experience,
-    rows: Tensor,
-    index: Tensor,
-    accelerator: Accelerator,
-    critic_only: bool,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yields (loss, metrics) of each forward pass of a microbatch, to be sent back one by one.
-
-    A joint adapter makes one pass with the combined loss. Else the critic's pass comes after the
-    actor's activations are gone, and each loss reaches only its own set.
-    """
-    batch = experience.rollout.rows(index)
-    prefixes = {i: prefix.rows(rows) for i, prefix in experience.prefixes.items()}
-
-    def forward(*roles: str, **kwargs) -> Score:
-        with accelerator.autocast():
-            return models.score(
-                batch.query_responses,
-                batch.attention_mask,
-                batch.response_mask,
-                roles=roles,
-                temperature=config.temperature,
-                entropy=True,
-                prefixes=prefixes,
-                **kwargs,
-            )
-
-    def loss_of(new: Score) -> hydra_kernels.PPOLoss:
-        entropy = new.entropy
-        if entropy is not None and config.ent_coef == 0.0:
-            entropy = entropy.detach()
-        return hydra_kernels.ppo_loss(
-            new.logprobs,
-            new.values,
-            old_logprobs=experience.old_logprobs[index],
-            old_values=experience.old_values[index],
-            advantages=experience.advantages[index],
-            returns=experience.returns[index],
-            mask=batch.response_mask,
-            cliprange=config.cliprange,
-            cliprange_value=config.cliprange_value,
-            vf_coef=config.vf_coef,
-            entropy=entropy,
-            ent_coef=config.ent_coef,
-        )
-
-    def policy_figures(out: hydra_kernels.PPOLoss, new: Score) -> dict[str, Tensor]:
-        gap = torch.where(batch.response_mask, new.logprobs - experience.old_logprobs[index], 0.0)
-        return {
-            "policy_loss": out.policy_loss,
-            "entropy": out.entropy,
-            "approx_kl": out.approx_kl,
-            "clipfrac": out.clipfrac,
-            "ratio": out.ratio,
-            "ratio_max": gap.detach().max().exp(),
-        }
-
-    def value_figures(out: hydra_kernels.PPOLoss) -> dict[str, Tensor]:
-        return {"value_loss": out.value_loss, "vf_clipfrac": out.vf_clipfrac}
-
-    if models.joint and not critic_only:
-        new = forward("actor", "critic")
-        out = loss_of(new)
-        yield out.loss, policy_figures(out, new) | value_figures(out)
-        return
-    if not critic_only:
-        new = forward("actor")
-        out = loss_of(new)
-        yield out.loss, policy_figures(out, new)
-        del new, out
-    # A joint adapter is the policy: while only the critic learns, only its head does.
-    out = loss_of(forward("critic", detach_hidden=models.joint and critic_only))
-    yield out.loss, value_figures(out)
-
-
-def clip_gradients(
-    config: PPOConfig, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Clips actor's and critic's gradients each to max_grad_norm; the norms before clipping."""
-    accelerator.unscale_gradients(optimizer)
-    norms = {}
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    for group in optimizer.param_groups:
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-        norms[f"grad_norm/{group['name']}"] = norm
-    return norms
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What an optimizer trains, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-# 6. Report
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hydra_rlhf import checkpoint, ppo
+from hydra_rlhf import checkpoint, ppo, update
 from hydra_rlhf.checkpoint import CheckpointStore
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.faults import Shrinking, TrainingFault
@@ -188,8 +188,8 @@ class _Poison:
 
     def __init__(self, monkeypatch, bad):
         self.calls, self.bad = 0, bad
-        self.real = ppo.hydra_kernels.ppo_loss
-        monkeypatch.setattr(ppo.hydra_kernels, "ppo_loss", self)
+        self.real = update.hydra_kernels.ppo_loss
+        monkeypatch.setattr(update.hydra_kernels, "ppo_loss", self)
 
     def __call__(self, logprobs, values, **kwargs):
         self.calls += 1
@@ -221,7 +221,7 @@ def test_bad_updates_in_a_row_end_the_run_with_the_batch(monkeypatch, tmp_path):
 
 def test_out_of_memory_halves_the_microbatch(monkeypatch, caplog):
     """And the gradients, so the run, are those of the small microbatch from the start."""
-    real = ppo.update_minibatch
+    real = update.update_minibatch
 
     def too_large(run, experience, minibatch, total, size, critic_only):
         if size > 1:
@@ -230,7 +230,7 @@ def test_out_of_memory_halves_the_microbatch(monkeypatch, caplog):
         return real(run, experience, minibatch, total, size, critic_only)
 
     small = run(None, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    monkeypatch.setattr(ppo, "update_minibatch", too_large)
+    monkeypatch.setattr(update, "update_minibatch", too_large)
     with caplog.at_level(logging.WARNING):
         halved = run(None, max_steps=1)
     for message in ("batch_size 4: going on with 2", "batch_size 2: going on with 1"):

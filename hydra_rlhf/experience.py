@@ -1,0 +1,311 @@
+"""Steps 2 to 4 of PPO: sample responses, score them, and turn scores into advantages.
+
+Functions of ``ppo.py``'s loop. B sequences, T response columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import hydra_kernels
+from hydra_rlhf import rollout as rollouts
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.engine import RolloutEngine
+from hydra_rlhf.faults import Shrinking
+from hydra_rlhf.methods import MethodModels
+from hydra_rlhf.metrics import explained_variance, to_floats
+from hydra_rlhf.model import ROLES, HydraModel, Score
+from hydra_rlhf.processes import Processes
+from hydra_rlhf.rollout import Rollout, Sampling
+from hydra_rlhf.trunk import Prefix
+
+
+class PromptLike(Protocol):
+    """A prompt and the other columns of its row; see ``hydra_rlhf.data``."""
+
+    prompt: str
+    extra: dict[str, Any]
+
+
+@dataclass
+class Experience:
+    """A scored rollout, ready for updates. All (B, T) float32, 0 where masked."""
+
+    rollout: Rollout
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    prefixes: dict[int, Prefix]
+
+    def tensors(self, rows: Tensor) -> dict[str, Tensor]:
+        """What some sequences were trained on, to be written to a file."""
+        index = rows.to(self.advantages.device)
+        return {
+            "query_responses": self.rollout.query_responses[index],
+            "response_mask": self.rollout.response_mask[index],
+            "old_logprobs": self.old_logprobs[index],
+            "old_values": self.old_values[index],
+            "advantages": self.advantages[index],
+            "returns": self.returns[index],
+        }
+
+
+# 2. Rollout
+
+
+class Sampler:
+    """How responses are sampled: by an engine for each model, or by transformers' generate."""
+
+    def __init__(self, config: PPOConfig, sampling: Sampling):
+        self.sampling = sampling
+        self._engines: dict[HydraModel, RolloutEngine] | None = None
+        if config.rollout_engine == "hydra":
+            self._engines = {}
+
+    def __call__(
+        self,
+        model: HydraModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        role: str,
+        with_logprobs: bool,
+        seeds: Sequence[int],
+    ) -> Rollout:
+        arguments = (model, input_ids, attention_mask, self.sampling)
+        if self._engines is None:
+            return rollouts.generate(*arguments, role=role, with_logprobs=with_logprobs)
+        engine = self._engines.get(model)
+        if engine is None:
+            engine = self._engines[model] = RolloutEngine(model)
+        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs, seeds=seeds)
+        if not engine.graph:
+            engine.release()  # the update has better use for the memory; a graph keeps its buffers
+        return rollout
+
+
+def sample(
+    config: PPOConfig,
+    model: HydraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[str | PromptLike],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    *,
+    role: str = "actor",
+) -> Rollout:
+    """Responses to a batch of prompts, a seed each, with texts and columns."""
+    texts = [row if isinstance(row, str) else row.prompt for row in rows]
+    limit = context_limit(model)
+    most = config.max_prompt_length
+    if limit is not None:
+        most = min(most or limit, limit - config.response_length)
+    input_ids, attention_mask = rollouts.encode_prompts(
+        tokenizer,
+        texts,
+        max_length=most,
+        apply_chat_template=config.apply_chat_template,
+        device=model.device,
+    )
+    rollout = sampler(
+        model,
+        input_ids,
+        attention_mask,
+        role=role,
+        with_logprobs=config.rollout_logprobs != "recompute",
+        seeds=seeds,
+    )
+    rollout.prompts = texts
+    rollout.responses = rollouts.decode(tokenizer, rollout)
+    extras = [{} if isinstance(row, str) else row.extra for row in rows]
+    names = dict.fromkeys(name for extra in extras for name in extra)
+    rollout.columns = {name: [extra.get(name) for extra in extras] for name in names}
+    return rollout
+
+
+def context_limit(model: HydraModel) -> int | None:
+    """Most tokens the model has positions for; None where its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+# 3. Score
+
+
+def shared_prefixes(config: PPOConfig, models: MethodModels, rollout: Rollout) -> dict[int, Prefix]:
+    """Activations below the first adapted block, kept where the budget says; may be empty."""
+    if not config.share_prefix:
+        return {}
+    parts = [
+        models.compute_prefixes(
+            rollout.query_responses[rows.to(rollout.device)],
+            rollout.attention_mask[rows.to(rollout.device)],
+        )
+        for rows in torch.arange(len(rollout)).split(config.local_rollout_forward_batch_size)
+    ]
+    prefixes = {i: Prefix.join([part[i] for part in parts]) for i in parts[0]}
+    held = sum(prefix.nbytes for prefix in prefixes.values())
+    offload = config.prefix_device == "cpu" or (
+        config.prefix_device == "auto" and held > config.prefix_budget_gb * 1e9
+    )
+    if offload and rollout.device.type != "cpu":
+        prefixes = {i: prefix.offload() for i, prefix in prefixes.items()}
+    return prefixes
+
+
+def scored_roles(config: PPOConfig, use_head: bool) -> list[str]:
+    """The roles that scoring runs: not a function's reward, nor an actor already known."""
+    roles = [role for role in ROLES if use_head or role != "reward"]
+    if config.rollout_logprobs == "reuse":
+        roles.remove("actor")
+    return roles
+
+
+def score(
+    config: PPOConfig,
+    models: MethodModels,
+    rollout: Rollout,
+    prefixes: dict[int, Prefix],
+    scoring: Shrinking,
+    *,
+    use_head: bool = True,
+) -> Score:
+    """Everything a rollout needs, a few sequences at a time. Without gradient."""
+    roles = scored_roles(config, use_head)
+
+    def attempt(size: int) -> Score:
+        return score_by(size, config, models, rollout, prefixes, roles)
+
+    scored = scoring.run(attempt, clean_up=lambda: None)
+    if config.rollout_logprobs == "reuse" and rollout.logprobs is not None:
+        scored = scored._replace(logprobs=rollout.logprobs)
+    if config.rollout_logprobs == "check":
+        check_rollout_logprobs(rollout, scored, config.rollout_logprobs_tolerance)
+    return scored
+
+
+def score_by(
+    size: int,
+    config: PPOConfig,
+    models: MethodModels,
+    rollout: Rollout,
+    prefixes: dict[int, Prefix],
+    roles: Sequence[str],
+) -> Score:
+    """``models.score`` on ``size`` sequences at a time."""
+    parts = []
+    for rows in torch.arange(len(rollout)).split(size):
+        passes = models.num_passes(roles, reuse=config.reuse_reference_reward)
+        fits = passes * len(rows) <= size
+        batch = rollout.rows(rows.to(rollout.device))
+        parts.append(
+            models.score(
+                batch.query_responses,
+                batch.attention_mask,
+                batch.response_mask,
+                roles=roles,
+                batched=config.batched_score == "yes" or (config.batched_score == "auto" and fits),
+                reuse_reference_reward=config.reuse_reference_reward,
+                temperature=config.temperature,
+                kl=config.kl_estimator == "exact",
+                entropy=True,
+                prefixes={i: prefix.rows(rows) for i, prefix in prefixes.items()},
+            )
+        )
+    merged = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name, value in parts[0]._asdict().items()
+        if value is not None
+    }
+    return Score(**merged)
+
+
+def check_rollout_logprobs(rollout: Rollout, scored: Score, tolerance: float) -> None:
+    """Raises RuntimeError when generation and scoring disagree on a token."""
+    assert rollout.logprobs is not None and scored.logprobs is not None
+    worst = float((rollout.logprobs - scored.logprobs).abs().max())
+    if not worst <= tolerance:
+        raise RuntimeError(
+            f"rollout and forward log-probabilities differ by {worst:.3g} nats, more than "
+            f"{tolerance:.3g}: the sampler filters tokens, runs in another precision, or its KV "
+            "cache sees other positions than the scoring pass"
+        )
+
+
+def some_samples(rollout: Rollout, scored: Score, count: int) -> list[dict[str, Any]]:
+    """The first few responses of a rollout, whose order is random, with what they scored."""
+    kl = torch.where(rollout.response_mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(-1)
+    rows = zip(
+        rollout.prompts[:count],
+        rollout.responses,
+        scored.scores[:count].tolist(),
+        kl[:count].tolist(),
+        rollout.ended[:count].tolist(),
+        strict=False,
+    )
+    names = ("prompt", "response", "score", "kl", "ended")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+# 4. Rewards and advantages
+
+
+def make_experience(
+    config: PPOConfig,
+    rollout: Rollout,
+    scored: Score,
+    scores: Tensor,  # (B,) after shaping
+    kl_coef: float,
+    prefixes: dict[int, Prefix],
+    processes: Processes,
+) -> tuple[Experience, dict[str, float]]:
+    """KL rewards, GAE and whitening, the last over all processes; with the rollout's metrics."""
+    mask = rollout.response_mask
+    rewards = hydra_kernels.kl_rewards(
+        scores,
+        scored.logprobs,
+        scored.ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        estimator=config.kl_estimator,
+        kl=scored.kl,
+    )
+    if config.whiten_rewards:
+        rewards = hydra_kernels.masked_whiten(rewards, mask, shift_mean=False, reduce=processes.sum)
+    advantages, returns = hydra_kernels.gae(
+        rewards, scored.values, mask, gamma=config.gamma, lam=config.lam
+    )
+    if config.whiten_advantages:
+        advantages = hydra_kernels.masked_whiten(advantages, mask, reduce=processes.sum)
+    kl = scored.kl if scored.kl is not None else scored.logprobs - scored.ref_logprobs  # (B, T)
+    sequence_kl = torch.where(mask, kl, 0.0).sum(-1)
+    lengths = mask.sum(-1).float()
+    # The sampled estimate of it, where the actor was not run again.
+    entropy = -scored.logprobs if config.rollout_logprobs == "reuse" else scored.entropy
+    metrics = {
+        "objective/kl": sequence_kl.mean(),
+        "objective/entropy": torch.where(mask, entropy, 0.0).sum(-1).mean(),
+        "objective/non_score_reward": -kl_coef * sequence_kl.mean(),
+        "objective/rlhf_reward": (scores - kl_coef * sequence_kl).mean(),
+        "objective/scores": scored.scores.mean(),
+        "objective/scores_std": processes.gather(scored.scores).std(correction=0),
+        "objective/response_length": lengths.mean(),
+        "val/num_eos_tokens": rollout.ended.sum(),
+        "val/explained_variance": explained_variance(scored.values, returns, mask, processes.sum),
+        "tokens/response": lengths.sum(),
+    }
+    if rollout.logprobs is not None and config.rollout_logprobs != "reuse":
+        metrics["val/rollout_logprob_diff"] = (rollout.logprobs - scored.logprobs).abs().max()
+    experience = Experience(rollout, scored.logprobs, scored.values, advantages, returns, prefixes)
+    kinds = {
+        "val/num_eos_tokens": "sum",
+        "tokens/response": "sum",
+        "val/rollout_logprob_diff": "max",
+    }
+    return experience, to_floats(processes.combine(metrics, kinds))
