@@ -1,10 +1,14 @@
 """The paper's comparison on the bundled task: SFT, LoRA-SFT, Hydra-SFT, three PPOs and DPO.
 
-    python -m benchmarks.alignment_study --seeds 5 --output benchmarks/results/alignment
+    python -m benchmarks.alignment_study --seeds 0-4 --records FILE
+    python -m benchmarks.alignment_study --timing --records FILE
+    python -m benchmarks.alignment_report FILE --page docs/alignment_study.md
 
 Every arm of a seed starts from the same language model, trained on the texts of the pairs without
 their labels. Each policy then answers the same held-out prompts, judged by the gold reward, which
-training never sees. Writes alignment.json with every figure and alignment.md with the table.
+training never sees. A seed and arm is one line of the records; what is in them already is not done
+again, so that a study may be stopped, continued, and split over processes by its seeds. Seconds
+are taken apart, on a quiet machine, by ``--timing``: each arm in turn, a few steps at a time.
 
 Santacroce et al. 2023, arXiv:2309.00754, table 2, judged by GPT-4: average win rates SFT 48.55,
 LoRA-PPO 50.68, Hydra-SFT 48.50, J-Hydra-PPO 46.50, Hydra-PPO 55.52.
@@ -13,10 +17,15 @@ LoRA-PPO 50.68, Hydra-SFT 48.50, J-Hydra-PPO 46.50, Hydra-PPO 55.52.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import io
 import json
+import os
+import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,278 +33,405 @@ import torch
 import transformers
 from rich.console import Console
 
+from benchmarks import machine
 from hydra_rlhf import demo, evaluate, ppo, sft
 from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data import Demonstration, Preference, Prompt, bundled
 from hydra_rlhf.demo import Scale
-from hydra_rlhf.evaluate import Answers, ScoreJudge
+from hydra_rlhf.evaluate import ScoreJudge
 from hydra_rlhf.methods import MethodModels, build_method
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.records import Tracker, describe_run
+from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import sampling_of
 from hydra_rlhf.sft import SFTConfig
-from hydra_rlhf.statistics import mean_interval, wins
 
-# J-Hydra as the paper has it, and with remedies for its instability.
-JOINT: dict[str, dict[str, Any]] = {
-    "J-Hydra-PPO": {},
-    "J-Hydra-PPO, vf_coef / 10": {"vf_coef": 0.01},
-    "J-Hydra-PPO, 5 value steps first": {"critic_warmup_steps": 5},
-}
-BASELINE = "SFT"
+START, REWARD_MODEL = "Start", "Reward model"
+SFT, HYDRA_SFT = "SFT", "Hydra-SFT"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arm:
-    """One policy of one seed."""
+    """One policy, or, for the reward model, what judges one.
+
+    Args:
+        name: In the table.
+        base: The arm whose checkpoint it starts from and its KL is to; "" for random weights.
+        reward: The arm whose reward head scores its answers, and is what PPO trains against.
+        settings: Of PPOConfig where there is a method, else of SFTConfig.
+        group: paper, remedy (for J-Hydra-PPO) or critic (how it is initialised).
+        value_head: reward (as the method has it), zero or random.
+    """
 
     name: str
-    seed: int
-    gold: float
-    reward: float | None
-    kl: float | None
-    length: float
-    accuracy: float | None  # of the reward head it was trained against or with
-    first_value_loss: float | None
-    static_bytes: int
-    seconds_per_sample: float
-    scores: list[float]
+    base: str
+    reward: str = REWARD_MODEL
+    settings: dict[str, Any] = field(default_factory=dict)
+    group: str = "paper"
+    value_head: str = "reward"
+
+    @property
+    def is_ppo(self) -> bool:
+        return "method" in self.settings
 
 
-@dataclass
-class Data:
-    """What every arm shares."""
-
-    tokenizer: Any
-    pairs: list[Preference]
-    held_out: list[Preference]
-    prompts: list[Any]  # of Prompt
-    test_prompts: list[Prompt]
+def _joint(name: str, **settings: Any) -> Arm:
+    settings = {"method": "j-hydra-ppo", **settings}
+    return Arm(f"J-Hydra-PPO, {name}", HYDRA_SFT, HYDRA_SFT, settings, group="remedy")
 
 
-def quiet() -> Tracker:
-    return Tracker(None, console=Console(file=io.StringIO()))
+def _critic(name: str, value_head: str) -> Arm:
+    settings = {"method": "hydra-ppo"}
+    return Arm(f"Hydra-PPO, {name}", HYDRA_SFT, HYDRA_SFT, settings, "critic", value_head)
 
 
-def load_data(scale: Scale) -> Data:
-    pairs = bundled.demo_pairs("train")[: scale.num_pairs]
-    texts = (pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected))
-    return Data(
-        bundled.build_tokenizer(texts, scale.vocab_size, model_max_length=demo.CONTEXT),
-        pairs,
-        bundled.demo_pairs("test")[: scale.num_eval_pairs],
-        bundled.demo_prompts("train"),
-        bundled.demo_prompts("test")[: scale.num_eval_prompts],
-    )
+ARMS = (
+    Arm(START, ""),
+    Arm(SFT, START, settings={"objective": "sft"}),
+    Arm(HYDRA_SFT, START, HYDRA_SFT, {"objective": "hydra"}),
+    Arm(REWARD_MODEL, START, settings={"objective": "rm"}),
+    Arm("J-Hydra-PPO", HYDRA_SFT, HYDRA_SFT, {"method": "j-hydra-ppo"}),
+    Arm("Hydra-PPO", HYDRA_SFT, HYDRA_SFT, {"method": "hydra-ppo"}),
+    Arm("LoRA-PPO", SFT, REWARD_MODEL, {"method": "lora-ppo"}),
+    Arm("LoRA-SFT", START, settings={"objective": "sft", "lora_r": 16, "learning_rate": 3e-3}),
+    Arm("DPO", SFT, settings={"objective": "dpo", "lora_r": 16, "epochs": 1.0}),
+    _joint("vf_coef / 10", vf_coef=0.01),
+    _joint("value head's rate x 10", critic_learning_rate=1e-2),
+    _joint("5 critic steps first", critic_warmup_steps=5),
+    _critic("critic from zero", "zero"),
+    _critic("critic from noise", "random"),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+# Of each PPO step, kept in the records.
+CURVES = {
+    "score": "objective/scores",
+    "kl": "objective/kl",
+    "entropy": "policy/entropy_avg",
+    "length": "objective/response_length",
+    "value_loss": "loss/value_avg",
+    "explained_variance": "val/explained_variance",
+    "grad_norm": "policy/grad_norm",
+    "clipfrac": "policy/clipfrac_avg",
+}
+TIMED_STEPS = {"ppo": 3, "sft": 12}  # a round; the first is left out
 
 
-def start_model(scale: Scale, data: Data, seed: int, folder: Path) -> Path:
-    """A language model of the task's texts, good and bad alike: what the arms start from."""
-    model = demo.build_model(scale, data.tokenizer, seed)
-    texts = [
-        Demonstration(pair.prompt, text)
-        for pair in data.pairs
-        for text in (pair.chosen, pair.rejected)
-    ]
-    config = replace(scale.sft, objective="sft", seed=seed, epochs=scale.sft.epochs / 2)
-    sft.train(config, model, data.tokenizer, [], quiet(), demonstrations=texts)
-    return keep(HydraModel(model.causal_lm), data, folder / "start")
+class Study:
+    """The arms of some seeds, at one scale.
+
+    Args:
+        scale: Sizes, as the demo's.
+        records: File of finished arms.
+        work: Folder of checkpoints; each scale has its own inside.
+    """
+
+    def __init__(self, scale: Scale, records: Path, work: Path):
+        self.scale, self.records = scale, records
+        machine.commit()  # of the code that runs, not of what the checkout becomes meanwhile
+        described = json.dumps(dataclasses.asdict(scale), sort_keys=True)
+        self.sizes = hashlib.sha256(described.encode()).hexdigest()[:12]
+        self.work = work / self.sizes
+        self.pairs = bundled.demo_pairs("train")[: scale.num_pairs]
+        texts = (pair.prompt + text for pair in self.pairs for text in (pair.chosen, pair.rejected))
+        self.tokenizer = bundled.build_tokenizer(
+            texts, scale.vocab_size, model_max_length=demo.CONTEXT
+        )
+        self.held_out: list[Preference] = bundled.demo_pairs("test")[: scale.num_eval_pairs]
+        self.prompts = bundled.demo_prompts("train")
+        self.test_prompts: list[Prompt] = bundled.demo_prompts("test")[: scale.num_eval_prompts]
+
+    def done(self) -> set[tuple[int, str]]:
+        """Seeds and arms in the records.
+
+        Raises:
+            SystemExit: the records are of other sizes.
+        """
+        found = read(self.records)
+        if other := {one["sizes"] for one in found} - {self.sizes}:
+            raise SystemExit(f"{self.records} holds arms of other sizes ({', '.join(other)})")
+        return {(one["seed"], one["arm"]) for one in found if one["kind"] == "arm"}
+
+    def run(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Trains and evaluates an arm, and adds its record."""
+        began = time.perf_counter()
+        model, role, figures = self.train(arm, seed)
+        record = {"kind": "arm", "arm": arm.name, "group": arm.group, "seed": seed}
+        figures["train_s"] = sum(figures.pop("seconds"))
+        if arm.name != REWARD_MODEL:
+            figures |= self.evaluate(arm, seed, model, role)
+        record |= {**figures, "wall_s": round(time.perf_counter() - began, 1)}
+        return self.append(record)
+
+    def append(self, record: dict[str, Any]) -> dict[str, Any]:
+        record |= {
+            "sizes": self.sizes,
+            "settings": self.settings(BY_NAME[record["arm"]]),
+            "device": machine.device_name("cpu"),
+            "threads": torch.get_num_threads(),
+            "versions": machine.versions("cpu"),
+            "commit": machine.commit(),
+            "date": machine.today(),
+        }
+        self.records.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.records.exists() and not self.records.read_bytes().endswith(b"\n")
+        line = json.dumps(_rounded(record))
+        with self.records.open("a") as file:
+            file.write(("\n" if torn else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return record
+
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        config = self.ppo_config(arm, 0) if arm.is_ppo else self.sft_config(arm, 0)
+        kept = dataclasses.asdict(config)
+        for name in ("seed", "sft_model_path", "reward_model_path"):
+            kept.pop(name, None)
+        return kept
+
+    # Training
+
+    def sft_config(self, arm: Arm, seed: int) -> SFTConfig:
+        """Half the demo's passes each for the start and for what follows, at a third of its rate:
+        the arms go on from a language model, the demo starts from random weights."""
+        base = replace(self.scale.sft, seed=seed, epochs=self.scale.sft.epochs / 2, eval_every=0)
+        if arm.name == START:
+            return replace(base, objective="sft")
+        return replace(base, **{"learning_rate": 1e-3, **arm.settings})
+
+    def ppo_config(self, arm: Arm, seed: int) -> PPOConfig:
+        paths = {"sft_model_path": str(self.path(arm.base, seed))}
+        if arm.reward != arm.base:
+            paths["reward_model_path"] = str(self.path(arm.reward, seed))
+        return replace(self.scale.ppo, seed=seed, **paths, **arm.settings)
+
+    def path(self, name: str, seed: int) -> Path:
+        return self.work / f"seed-{seed}" / name.lower().replace(" ", "-")
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        """The checkpoint of an SFT arm, trained if it is not there."""
+        if not self.path(name, seed).exists():
+            self.train(BY_NAME[name], seed)
+        return self.path(name, seed)
+
+    def train(
+        self, arm: Arm, seed: int, max_steps: int | None = None
+    ) -> tuple[HydraModel, str, dict[str, Any]]:
+        """The trained model, the role that is its policy, and figures of the training."""
+        for needed in {arm.base, arm.reward if arm.is_ppo else ""} - {""}:
+            self.checkpoint(needed, seed)
+        torch.manual_seed(seed)
+        if arm.is_ppo:
+            models, figures = self._train_ppo(arm, seed, max_steps)
+            return models.actor, "actor", figures
+        return self._train_sft(arm, seed, max_steps)
+
+    def _train_sft(
+        self, arm: Arm, seed: int, max_steps: int | None
+    ) -> tuple[HydraModel, str, dict[str, Any]]:
+        config = replace(self.sft_config(arm, seed), max_steps=max_steps)
+        pairs: Sequence[Preference] = self.pairs
+        texts: list[Demonstration] = []
+        if arm.name == START:  # good and bad alike, without a label
+            model = demo.build_model(self.scale, self.tokenizer, seed)
+            pairs, texts = (
+                [],
+                [
+                    Demonstration(pair.prompt, text)
+                    for pair in self.pairs
+                    for text in (pair.chosen, pair.rejected)
+                ],
+            )
+        else:
+            model = HydraModel.from_pretrained(self.path(arm.base, seed))
+        if config.lora_r:
+            model = add_lora(model, config)
+        stamps = [time.perf_counter()]
+        result = sft.train(
+            config,
+            model,
+            self.tokenizer,
+            pairs,
+            Tracker(None, console=Console(file=io.StringIO())),
+            demonstrations=texts,
+            eval_pairs=[] if max_steps else self.held_out,
+            on_step=lambda step: stamps.append(time.perf_counter()),
+        )
+        figures = {"seconds": _steps(stamps), "samples_a_step": config.batch_size}
+        figures["static_bytes"] = static_bytes([model])
+        figures |= {name: result.final[name] for name in ("sft_loss",) if name in result.final}
+        if config.objective in sft.REWARD_OBJECTIVES:
+            figures |= {k: result.final[k] for k in ("accuracy", "calibration") if result.final}
+        if config.objective == "dpo":
+            return model, "actor", figures
+        if config.lora_r:
+            model = sft.merge_adapter(model)
+        if config.objective not in sft.REWARD_OBJECTIVES:
+            model = HydraModel(model.causal_lm)
+        if not max_steps:
+            self._keep(model, self.path(arm.name, seed))
+        return model, "reference", figures
+
+    def _train_ppo(
+        self, arm: Arm, seed: int, max_steps: int | None
+    ) -> tuple[MethodModels, dict[str, Any]]:
+        config = self.ppo_config(arm, seed)
+        if max_steps:
+            config = replace(config, max_steps=max_steps)
+        models = build_method(
+            config.method, config.sft_model_path, config.reward_model_path, lora=config
+        )
+        head = models.critic.value_head.weight
+        with torch.no_grad():
+            if arm.value_head == "zero":
+                head.zero_()
+            elif arm.value_head == "random":
+                head.normal_(std=head.shape[1] ** -0.5)
+        stamps = [time.perf_counter()]
+        result = ppo.train(
+            config,
+            models,
+            self.tokenizer,
+            self.prompts,
+            on_step=lambda step, metrics: stamps.append(time.perf_counter()),
+        )
+        figures: dict[str, Any] = {
+            "seconds": _steps(stamps),
+            "samples_a_step": config.local_batch_size,
+            "static_bytes": static_bytes(list(models)),
+            "warnings": result.diagnostics,
+        }
+        figures["curves"] = {
+            name: [one.get(key) for one in result.metrics] for name, key in CURVES.items()
+        }
+        return models, figures
+
+    def _keep(self, model: HydraModel, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+
+    # Evaluation
+
+    def evaluate(self, arm: Arm, seed: int, model: HydraModel, role: str) -> dict[str, Any]:
+        """Answers to the held-out prompts: gold reward, KL to ``arm.base``, learned reward."""
+        found: dict[str, Any] = {}
+        for name in dict.fromkeys(filter(None, (arm.base, arm.reward))):
+            other = HydraModel.from_pretrained(self.checkpoint(name, seed))
+            answers = evaluate.answer(
+                arm.name,
+                model,
+                self.tokenizer,
+                self.test_prompts,
+                sampling_of(self.scale.ppo, self.tokenizer),
+                baseline=other,
+                role=role,
+                seed=seed,
+                batch_size=200,
+            )
+            if name == arm.base and answers.kl is not None:
+                found["kl"] = sum(answers.kl) / len(answers.kl)
+            if name == arm.reward and answers.rewards is not None:
+                found["reward"] = sum(answers.rewards) / len(answers.rewards)
+        judged = evaluate.judge_answers(
+            self.test_prompts, [answers], ScoreJudge("gold", evaluate.gold), seed=seed
+        )
+        assert judged.scores is not None
+        report = judged.policies[0]
+        found["gold"] = sum(judged.scores[0]) / len(judged.scores[0])
+        found |= {"tokens": report.length, "ended": report.ended, "distinct_2": report.distinct_2}
+        return {**found, "scores": judged.scores[0], "examples": answers.responses[:3]}
+
+    # Seconds
+
+    def time(self, arms: Sequence[Arm], seed: int, rounds: int) -> None:
+        """Adds a record of seconds a sample for each arm, a few steps of each in turn."""
+        for arm in arms:
+            for name in {arm.base, arm.reward} - {""}:
+                self.checkpoint(name, seed)
+        seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        samples: dict[str, int] = {}
+        for _ in range(rounds):
+            for arm in arms:
+                steps = TIMED_STEPS["ppo" if arm.is_ppo else "sft"]
+                _, _, figures = self.train(arm, seed, max_steps=steps)
+                seconds[arm.name] += figures["seconds"][1:]
+                samples[arm.name] = figures["samples_a_step"]
+        for name, each in seconds.items():
+            per_sample = sorted(s / samples[name] for s in each)
+            low, middle, high = (per_sample[int(q * (len(each) - 1))] for q in (0.2, 0.5, 0.8))
+            figures = {"s_per_sample": middle, "p20": low, "p80": high, "steps": len(each)}
+            self.append({"kind": "timing", "arm": name, "seed": seed, **figures})
 
 
-def keep(model: HydraModel, data: Data, path: Path) -> Path:
-    model.save_pretrained(path)
-    data.tokenizer.save_pretrained(path)
-    return path
-
-
-def bytes_of(models: list[HydraModel]) -> int:
+def static_bytes(models: list[HydraModel]) -> int:
     """Parameters held, and gradients and Adam's two moments of those that are trained."""
     seen = {id(p): p for model in models for p in model.parameters()}.values()
     return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in seen)
 
 
-def run_sft(
-    config: SFTConfig, start: Path, data: Data, path: Path
-) -> tuple[Path, dict[str, float], int, float]:
-    """Trains from ``start``; the checkpoint, its held-out figures, bytes, seconds a pair."""
-    model = HydraModel.from_pretrained(start)
-    if config.lora_r:
-        model = add_lora(model, config)
-    else:
-        model.causal_lm.requires_grad_(True)
-    began = time.perf_counter()
-    result = sft.train(config, model, data.tokenizer, data.pairs, quiet(), eval_pairs=data.held_out)
-    seconds = (time.perf_counter() - began) / (result.steps * config.batch_size)
-    held = bytes_of([model])
-    if config.lora_r:
-        model = sft.merge_adapter(model)
-    if config.objective not in sft.REWARD_OBJECTIVES:
-        model = HydraModel(model.causal_lm)
-    return keep(model, data, path), result.final, held, seconds
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; the latest of each seed and arm. A torn line is left out."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        found[one["kind"], one["arm"], one["seed"]] = one
+    return list(found.values())
 
 
-def run_ppo(config: PPOConfig, data: Data) -> tuple[MethodModels, float, float, int]:
-    """The trained models, the first step's value loss, seconds a sample, bytes held."""
-    models = build_method(
-        config.method, config.sft_model_path, config.reward_model_path, lora=config
-    )
-    result = ppo.train(config, models, data.tokenizer, data.prompts)
-    samples = len(result.metrics) * config.local_batch_size
-    return (
-        models,
-        result.metrics[0]["loss/value_avg"],
-        result.seconds / samples,
-        bytes_of(list(models)),
-    )
+def _steps(stamps: list[float]) -> list[float]:
+    return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
 
 
-def run_seed(scale: Scale, data: Data, seed: int, folder: Path) -> list[Arm]:
-    """All arms of one seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start = start_model(scale, data, seed, folder)
-    base = replace(scale.sft, seed=seed, epochs=scale.sft.epochs / 2, learning_rate=1e-3)
-    sampling = sampling_of(scale.ppo, data.tokenizer)
-    arms: list[Arm] = []
-    judge = ScoreJudge("gold", evaluate.gold)
-    hydra_path, hydra_figures, hydra_bytes, hydra_seconds = run_sft(
-        base, start, data, folder / "hydra-sft"
-    )
-    reference = HydraModel.from_pretrained(hydra_path)
-
-    def add(name: str, model: HydraModel, role: str, **figures: Any) -> None:
-        answers: Answers = evaluate.answer(
-            name,
-            model,
-            data.tokenizer,
-            data.test_prompts,
-            sampling,
-            baseline=reference,
-            role=role,
-            seed=seed,
-        )
-        found = evaluate.judge_answers(data.test_prompts, [answers], judge, seed=seed)
-        assert found.scores is not None and answers.kl is not None
-        report = found.policies[0]
-        arms.append(
-            Arm(
-                name,
-                seed,
-                gold=sum(found.scores[0]) / len(found.scores[0]),
-                reward=None if report.reward is None else report.reward.mean,
-                kl=sum(answers.kl) / len(answers.kl),
-                length=report.length,
-                scores=found.scores[0],
-                **{"accuracy": None, "first_value_loss": None, **figures},
-            )
-        )
-
-    def add_sft(name: str, path: Path, figures: dict, held: int, seconds: float) -> None:
-        accuracy = figures.get("accuracy") if "rm_loss" in figures else None
-        model = HydraModel.from_pretrained(path)
-        add(
-            name,
-            model,
-            "reference",
-            accuracy=accuracy,
-            static_bytes=held,
-            seconds_per_sample=seconds,
-        )
-
-    plain = run_sft(replace(base, objective="sft"), start, data, folder / "sft")
-    add_sft(BASELINE, *plain)
-    lora = replace(base, objective="sft", lora_r=16, learning_rate=3e-3)
-    add_sft("LoRA-SFT", *run_sft(lora, start, data, folder / "lora-sft"))
-    add_sft("Hydra-SFT", hydra_path, hydra_figures, hydra_bytes, hydra_seconds)
-    rm_path, rm_figures, _, _ = run_sft(replace(base, objective="rm"), start, data, folder / "rm")
-
-    def add_ppo(name: str, accuracy: float | None, **settings: Any) -> None:
-        config = replace(scale.ppo, seed=seed, **settings)
-        models, value_loss, seconds, held = run_ppo(config, data)
-        add(
-            name,
-            models.actor,
-            "actor",
-            accuracy=accuracy,
-            first_value_loss=value_loss,
-            static_bytes=held,
-            seconds_per_sample=seconds,
-        )
-
-    add_ppo(
-        "LoRA-PPO",
-        rm_figures.get("accuracy"),
-        method="lora-ppo",
-        sft_model_path=str(plain[0]),
-        reward_model_path=str(rm_path),
-    )
-    accuracy = hydra_figures.get("accuracy")
-    for name, settings in JOINT.items():
-        add_ppo(name, accuracy, method="j-hydra-ppo", sft_model_path=str(hydra_path), **settings)
-    add_ppo("Hydra-PPO", accuracy, method="hydra-ppo", sft_model_path=str(hydra_path))
-
-    config = replace(base, objective="dpo", lora_r=16, learning_rate=1e-3, epochs=base.epochs / 2)
-    model = add_lora(HydraModel.from_pretrained(plain[0]), config)
-    began = time.perf_counter()
-    result = sft.train(config, model, data.tokenizer, data.pairs, quiet())
-    seconds = (time.perf_counter() - began) / (result.steps * config.batch_size)
-    add("DPO", model, "actor", static_bytes=bytes_of([model]), seconds_per_sample=seconds)
-    return arms
+def _rounded(value: Any) -> Any:
+    """Five significant digits: enough for every table, and a third of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
 
 
-def table(arms: list[Arm]) -> str:
-    """Markdown, one row an arm over all its seeds; intervals by the bootstrap over answers."""
-    baseline = {arm.seed: arm.scores for arm in arms if arm.name == BASELINE}
-    lines = [
-        "| policy | win rate vs SFT [95%] | by seed | gold reward [95%] | KL to Hydra-SFT "
-        "| RM accuracy | first value loss | static MB | ms a sample |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(arm.name for arm in arms):
-        mine = [arm for arm in arms if arm.name == name]
-        scores = [score for arm in mine for score in arm.scores]
-        rate, seeds = "-", "-"
-        if name != BASELINE:
-            each = [wins(arm.scores, baseline[arm.seed]) for arm in mine]
-            rate = evaluate.interval(mean_interval([w for won in each for w in won]), percent=True)
-            seeds = " ".join(f"{100 * sum(won) / len(won):.0f}" for won in each)
-        lines.append(
-            f"| {name} | {rate} | {seeds} | {evaluate.interval(mean_interval(scores))} "
-            f"| {_mean([arm.kl for arm in mine], '.2f')} "
-            f"| {_mean([arm.accuracy for arm in mine], '.3f')} "
-            f"| {_mean([arm.first_value_loss for arm in mine], '.3f')} "
-            f"| {mine[0].static_bytes / 1e6:.1f} "
-            f"| {1e3 * sum(arm.seconds_per_sample for arm in mine) / len(mine):.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+def _seeds(text: str) -> list[int]:
+    """ "0,2-4" is 0, 2, 3, 4."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
-def _mean(values: list[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    return format(sum(known) / len(known), form) if known else "-"
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("runs/alignment"))
+    parser.add_argument("--seeds", type=_seeds, default=_seeds("0-4"), help="as 0,2-4")
+    parser.add_argument("--arms", nargs="+", choices=list(BY_NAME), metavar="NAME")
+    parser.add_argument("--groups", nargs="+", default=["paper", "remedy", "critic"])
+    parser.add_argument("--records", type=Path, default=Path("runs/alignment.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    args = parser.parse_args()
-    scale = demo.QUICK if args.quick else demo.FULL
+    parser.add_argument("--timing", action="store_true", help="seconds a sample, nothing else")
+    parser.add_argument("--rounds", type=int, default=3, help="of --timing")
+    args = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
-    args.output.mkdir(parents=True, exist_ok=True)
-    data = load_data(scale)
-    arms: list[Arm] = []
-    for seed in range(args.seeds):
-        began = time.perf_counter()
-        torch.manual_seed(seed)
-        arms += run_seed(scale, data, seed, args.output / f"seed-{seed}")
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-        about = describe_run(f"python -m benchmarks.alignment_study --seeds {args.seeds}")
-        record = {"about": about, "arms": [asdict(arm) for arm in arms]}
-        (args.output / "alignment.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.output / "alignment.md").write_text(table(arms))
-    print(table(arms))
+    study = Study(demo.QUICK if args.quick else demo.FULL, args.records, args.work)
+    done = study.done()
+    arms = [BY_NAME[n] for n in args.arms] if args.arms else ARMS
+    if args.timing:
+        timed = [arm for arm in arms if arm.group == "paper" and arm.name != START]
+        study.time(timed, args.seeds[0], args.rounds)
+        return
+    for group in args.groups:
+        for seed in args.seeds:
+            for arm in arms:
+                if arm.group == group and (seed, arm.name) not in done:
+                    one = study.run(arm, seed)
+                    gold = f"gold {one['gold']:.3f}, " if "gold" in one else ""
+                    print(f"seed {seed}, {arm.name}: {gold}{one['wall_s']} s", flush=True)
 
 
 if __name__ == "__main__":
