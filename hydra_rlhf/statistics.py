@@ -48,6 +48,45 @@ def mean_interval(
     return Estimate(float(array.mean()), float(low), float(high))
 
 
+def crossed_interval(
+    values: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """The mean over runs and prompts with an interval that holds for other runs and prompts.
+
+    Every run answers the same prompts, so both are drawn anew, each with replacement, and a
+    resample is the mean of the grid of the drawn rows and columns: Owen 2007, "The pigeonhole
+    bootstrap", doi:10.1214/07-AOAS122. Bootstrapping the pooled values would count the answers of
+    one run as if they were as many runs.
+
+    Args:
+        values: (runs, prompts), both above 0.
+
+    Raises:
+        ValueError: no values, or runs of different lengths.
+    """
+    if not values or not len(values[0]) or len({len(row) for row in values}) != 1:
+        lengths = [len(row) for row in values]
+        raise ValueError(f"crossed_interval: expected runs of one length above 0, got {lengths}")
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    runs, prompts = array.shape
+    # How often each row and column is drawn, rather than the drawn grids themselves.
+    row_counts = rng.multinomial(runs, np.full(runs, 1.0 / runs), resamples)
+    means = np.empty(resamples)
+    for done in range(0, resamples, _CHUNK):
+        count = min(_CHUNK, resamples - done)
+        columns = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), count)
+        sums = row_counts[done : done + count] @ array
+        means[done : done + count] = (sums * columns).sum(1) / array.size
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return Estimate(float(array.mean()), float(low), float(high))
+
+
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """1 where ours is the greater, 0 where theirs is, half where they tie."""
     return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in zip(ours, theirs, strict=True)]

@@ -10,7 +10,7 @@ from hydra_rlhf import evaluate
 from hydra_rlhf.data import Prompt
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.evaluate import Answers, ScoreJudge, judge_answers
-from hydra_rlhf.statistics import Estimate, distinct, mean_interval, wins
+from hydra_rlhf.statistics import Estimate, crossed_interval, distinct, mean_interval, wins
 
 PROMPTS = [Prompt("a"), Prompt("b"), Prompt("c"), Prompt("d")]
 
@@ -52,6 +52,32 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         low, high = mean_interval(rng.random(100) < 0.7, resamples=1000)[1:]
         held += low <= 0.7 <= high
     assert 0.89 <= held / 200 <= 1.0
+
+
+def test_crossed_interval_draws_runs_and_prompts():
+    """Runs that differ, prompts that do not, and the reverse: by the two-point bootstrap by hand.
+
+    Of 2 runs at 0 and 1 a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4, so that
+    95% of them reach from 0 to 1, however many prompts there are; and as much for 2 prompts.
+    """
+    assert crossed_interval([[0.0] * 500, [1.0] * 500]) == Estimate(0.5, 0.0, 1.0)
+    assert crossed_interval([[0.0, 1.0]] * 500) == Estimate(0.5, 0.0, 1.0)
+    assert crossed_interval([[0.25] * 3] * 4) == Estimate(0.25, 0.25, 0.25)
+
+
+def test_crossed_interval_of_one_run_is_that_over_its_prompts():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 300)
+    ours, plain = crossed_interval([values]), mean_interval(values)
+    half = (plain.high - plain.low) / 2
+    assert ours.mean == pytest.approx(plain.mean)
+    assert ours.low == pytest.approx(plain.low, abs=0.06 * half)
+    assert ours.high == pytest.approx(plain.high, abs=0.06 * half)
+
+
+@pytest.mark.parametrize("values", [[], [[]], [[1.0], [1.0, 2.0]]], ids=["none", "empty", "ragged"])
+def test_crossed_interval_needs_a_grid(values):
+    with pytest.raises(ValueError, match="runs of one length"):
+        crossed_interval(values)
 
 
 def test_interval_needs_a_value():
