@@ -170,11 +170,12 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
 def _installed(op: str) -> list[tuple[str, Callable[..., list[str]]]]:
     """The backends that this install can run, in order, with what each one refuses. Found once:
     ops of some microseconds ask at every call."""
-    found = _INSTALLED.get(op)
+    compiling = torch.compiler.is_compiling()  # a graph would be guarded by what is kept
+    found = None if compiling else _INSTALLED.get(op)
     if found is None:
         names = _available(op)
         found = [(n, _nothing if n == REFERENCE else _KERNELS[op][n].unsupported) for n in names]
-        if not torch.compiler.is_compiling():
+        if not compiling:
             _INSTALLED[op] = found
             for name in backends(op):
                 if name in names.why_not:
