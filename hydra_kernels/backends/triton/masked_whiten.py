@@ -19,8 +19,8 @@ from hydra_kernels.backends import launch, registry
 from hydra_kernels.backends.token_ops import WhitenKernel
 from hydra_kernels.backends.triton import runtime
 
-BLOCK = 2048
-MAX_PROGRAMS = 1024  # their moments are merged in one block
+BLOCK = 1024
+MAX_PROGRAMS = 512  # 4 on each multiprocessor of an H200; merged in one block, in registers
 EPS = tl.constexpr(1e-8)  # kWhitenEps of csrc/include/hydra/whiten.h
 
 
@@ -45,7 +45,8 @@ def masked_whiten_moments_kernel(
         offs = (turn * num_programs + program) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < length
         keep = inside & (tl.load(mask + offs, mask=inside, other=0) != 0)
-        element = tl.load(x + offs, mask=keep, other=0.0).to(tl.float64)
+        # Selected after the load, as in ppo_loss.py: then it is one of 16 bytes.
+        element = tl.where(keep, tl.load(x + offs, mask=inside), 0.0).to(tl.float64)
         block_count = tl.sum(keep.to(tl.float64))
         block_mean = tl.sum(element) / tl.maximum(block_count, 1.0)
         deviation = tl.where(keep, element - block_mean, 0.0)
@@ -102,7 +103,7 @@ def masked_whiten_fwd_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < length
     keep = inside & (tl.load(mask + offs, mask=inside, other=0) != 0)
-    element = tl.load(x + offs, mask=keep, other=0.0)
+    element = tl.where(keep, tl.load(x + offs, mask=inside), 0.0)
     whitened = ((element - mean_high) - mean_low) * scale
     if not SHIFT_MEAN:
         whitened += mean_high
@@ -165,15 +166,21 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str | None], dict[str, Any
     arrays: dict[str, str | None] = {"x": "*fp32:16", "mask": "*u8:16", "moments": "*fp64:16"}
     yield (
         masked_whiten_moments_kernel,
-        {**arrays, "partial": "*fp64:16", "ticket": "*i32", "length": "i64", "num_rounds": "i32"},
+        {
+            **arrays,
+            "partial": "*fp64:16",
+            "ticket": "*i32",
+            "length": "i64:16",
+            "num_rounds": "i32",
+        },
         {"BLOCK": BLOCK, "MAX_PROGRAMS": MAX_PROGRAMS},
-        {"num_warps": 8},
+        {"num_warps": 8, "expects": ("wide_loads",)},
     )
     yield (
         masked_whiten_fwd_kernel,
-        {**arrays, "out": "*fp32:16", "length": "i64"},
+        {**arrays, "out": "*fp32:16", "length": "i64:16"},
         {"SHIFT_MEAN": True, "BLOCK": BLOCK},
-        {"num_warps": 8},
+        {"num_warps": 8, "expects": ("wide_loads",)},
     )
 
 
