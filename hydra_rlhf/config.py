@@ -132,6 +132,12 @@ class PPOConfig(LoraSettings):
         "'transformers' by transformers' generate. The same tokens under greedy decoding. [ours]",
         choices=("hydra", "transformers"),
     )
+    gather_for_generation: bool = _field(
+        True,
+        "Under FSDP: hold the whole model while responses are sampled. Otherwise each block is "
+        "gathered for each token, which takes less memory and far more time. "
+        "[TRL, ds3_gather_for_generation]",
+    )
     min_response_length: int = _field(
         0,
         "Fewest tokens before a stop token may come. Above 0 the sampler is no longer the policy "

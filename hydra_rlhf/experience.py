@@ -5,6 +5,8 @@ Functions of ``ppo.py``'s loop. B sequences, T response columns.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,8 +65,11 @@ class Experience:
 class Sampler:
     """How responses are sampled: by an engine for each model, or by transformers' generate."""
 
-    def __init__(self, config: PPOConfig, sampling: Sampling):
+    def __init__(self, config: PPOConfig, sampling: Sampling, processes: Processes):
         self.sampling = sampling
+        self.processes = processes
+        # Tokens that need a part of the model from each process: all have to make as many.
+        self.common = processes.sharding is not None and not config.gather_for_generation
         self._engines: dict[HydraModel, RolloutEngine] | None = None
         if config.rollout_engine == "hydra":
             self._engines = {}
@@ -80,15 +85,27 @@ class Sampler:
         seeds: Sequence[int],
     ) -> Rollout:
         arguments = (model, input_ids, attention_mask, self.sampling)
-        if self._engines is None:
-            return rollouts.generate(*arguments, role=role, with_logprobs=with_logprobs)
-        engine = self._engines.get(model)
-        if engine is None:
-            engine = self._engines[model] = RolloutEngine(model)
-        rollout = engine(*arguments, role=role, with_logprobs=with_logprobs, seeds=seeds)
+        options: dict[str, Any] = {"role": role, "with_logprobs": with_logprobs}
+        whole = contextlib.nullcontext() if self.common else self.processes.gathered(model)
+        with whole:
+            if self._engines is None:
+                return rollouts.generate(*arguments, **options, synced_gpus=self.common)
+            engine = self._engine(model)
+            rollout = engine(*arguments, **options, seeds=seeds)
         if not engine.graph:
             engine.release()  # the update has better use for the memory; a graph keeps its buffers
         return rollout
+
+    def _engine(self, model: HydraModel) -> RolloutEngine:
+        assert self._engines is not None
+        if model not in self._engines:
+            settings: dict[str, Any] = {}
+            if self.processes.sharding is not None:
+                settings["graph"] = False  # gathered weights lie elsewhere each time
+            if self.common:
+                settings["check_every"] = self.sampling.response_length  # none stops before
+            self._engines[model] = RolloutEngine(model, **settings)
+        return self._engines[model]
 
 
 def sample(
@@ -173,16 +190,22 @@ def score(
     rollout: Rollout,
     prefixes: dict[int, Prefix],
     scoring: Shrinking,
+    processes: Processes,
     *,
     use_head: bool = True,
 ) -> Score:
     """Everything a rollout needs, a few sequences at a time. Without gradient."""
     roles = scored_roles(config, use_head)
 
-    def attempt(size: int) -> Score:
-        return score_by(size, config, models, rollout, prefixes, roles)
+    def attempt(size: int, most: int | None = None) -> Score:
+        return score_by(size, config, models, rollout, prefixes, roles, most=most)
 
-    scored = scoring.run(attempt, clean_up=lambda: None)
+    scored = scoring.run(
+        attempt,
+        clean_up=lambda: None,
+        processes=processes,
+        rest=functools.partial(attempt, most=1),
+    )
     if config.rollout_logprobs == "reuse" and rollout.logprobs is not None:
         scored = scored._replace(logprobs=rollout.logprobs)
     if config.rollout_logprobs == "check":
@@ -197,12 +220,15 @@ def score_by(
     rollout: Rollout,
     prefixes: dict[int, Prefix],
     roles: Sequence[str],
+    *,
+    most: int | None = None,
 ) -> Score:
-    """``models.score`` on ``size`` sequences at a time."""
+    """``models.score`` on ``size`` sequences at a time, of which no more than ``most`` are run."""
     parts = []
     for rows in torch.arange(len(rollout)).split(size):
         passes = models.num_passes(roles, reuse=config.reuse_reference_reward)
         fits = passes * len(rows) <= size
+        rows = rows[:most]
         batch = rollout.rows(rows.to(rollout.device))
         parts.append(
             models.score(

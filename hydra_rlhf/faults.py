@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hydra_rlhf.processes import Processes
 
 _log = logging.getLogger("hydra_rlhf")
 T = TypeVar("T")
@@ -82,24 +85,53 @@ class Shrinking:
     name: str
     size: int
 
-    def run(self, attempt: Callable[[int], T], clean_up: Callable[[], None]) -> T:
+    def run(
+        self,
+        attempt: Callable[[int], T],
+        clean_up: Callable[[], object],
+        *,
+        processes: Processes | None = None,
+        rest: Callable[[int], object] | None = None,
+    ) -> T:
         """``attempt(size)``, again with half of it after each out-of-memory error.
 
+        Args:
+            attempt: The passes.
+            clean_up: Called after an attempt that is to be repeated.
+            processes: Those that have to agree on the size, where passes are common to them.
+            rest: As ``attempt`` with next to nothing in each pass: in a process that failed it
+                makes those that the others still need.
+
         Raises:
-            torch.OutOfMemoryError: one sequence is too much.
+            torch.OutOfMemoryError: one sequence is too much, or what failed cannot be repeated.
         """
         while True:
+            results: list[T] = []
+            if processes is not None:
+                processes.begin_passes()
             try:
-                return attempt(self.size)
+                results.append(attempt(self.size))
             except torch.OutOfMemoryError:
-                if self.size == 1:
+                if self.size == 1 or not (processes is None or processes.can_repeat):
                     raise
             # Outside the except block, whose exception keeps the failed attempt's tensors alive.
-            clean_up()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            again = not results
+            if again:
+                _free(clean_up)
+            if processes is not None and rest is not None:
+                again = processes.end_passes(again, functools.partial(rest, self.size))
+            if not again:
+                return results[0]
+            results.clear()
+            _free(clean_up)
             half = math.ceil(self.size / 2)
             _log.warning(
                 "out of GPU memory with %s %d: going on with %d", self.name, self.size, half
             )
             self.size = half
+
+
+def _free(clean_up: Callable[[], object]) -> None:
+    clean_up()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -283,12 +283,17 @@ def build_method(
 
 
 def models_of(
-    config: PPOConfig, *, device: str | torch.device | None = None
+    config: PPOConfig, *, device: str | torch.device | None = None, sharded: bool = False
 ) -> tuple[MethodModels, RewardFn | None]:
     """The models that a configuration names, and its reward function where it has one.
 
     ``reward_fn`` is imported; a ``reward_model_path`` that is a sequence classifier becomes a
     reward function with its own tokenizer; any other is a Hydra checkpoint with a reward head.
+
+    Args:
+        config: Names them.
+        device: Where to.
+        sharded: They are still to be split over processes: they stay on the CPU until then.
 
     Raises:
         UserError: see :func:`build_method`, ``load_reward_fn`` and ``ClassifierReward``.
@@ -313,7 +318,7 @@ def models_of(
         reward_path,
         lora=config,
         dtype=config.dtype,
-        device=device,
+        device=None if sharded else device,
         reference_adapter=config.reference_adapter,
         score_with_model=reward_fn is None,
     )

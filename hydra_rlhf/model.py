@@ -18,10 +18,12 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import hydra_kernels.peft
 from hydra_kernels.nn import LMHead
@@ -37,6 +39,7 @@ from hydra_rlhf.pretrained import (
     load_head,
     new_head,
     save_head,
+    whole,
 )
 from hydra_rlhf.roles import ROLES, Role, Score, last_token, position_ids
 from hydra_rlhf.scoring import hidden_of, of_logprobs
@@ -435,14 +438,17 @@ class HydraModel(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the Hugging Face model, the reward head and, with adapters, those too.
 
-        The model's files are the decoder with adapters off: any transformers code loads them.
+        The model's files are the decoder with adapters off: any transformers code loads them. Where
+        processes share the weights each has to call this, and the first one writes.
         """
         path = Path(path)
         state = {
-            name.replace(".base_layer.", "."): value
+            name.replace(".base_layer.", "."): whole(value)
             for name, value in self.causal_lm.state_dict().items()
             if "lora_" not in name
         }
+        if any(isinstance(p, DTensor) for p in self.parameters()) and dist.get_rank() != 0:
+            return
         self.causal_lm.save_pretrained(path, state_dict=state)
         save_head(self.reward_head, path / REWARD_HEAD)
         if self.adapters:

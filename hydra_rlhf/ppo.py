@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ from hydra_rlhf.schedule import (
     sampling_seeds,
     seed_everything,
 )
+from hydra_rlhf.sharding import Sharding
 from hydra_rlhf.trunk import Prefix
 from hydra_rlhf.update import trained_parameters, update
 
@@ -145,7 +147,7 @@ def train(
     seed_everything(config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     processes = Processes(accelerator)
-    models = prepare_models(config, model, accelerator.device)
+    models = prepare_models(config, model, accelerator.device, processes.sharding)
     if reward_fn is None and models.reward is None:
         raise UserError("there is no reward model; give a reward function")
     sampling = rollouts.sampling_of(config, tokenizer)
@@ -180,7 +182,7 @@ def train(
         prompts,
         list(eval_prompts or [])[: config.num_eval_prompts],
         reward_fn,
-        Sampler(config, sampling),
+        Sampler(config, sampling, processes),
         phases=Phases(accelerator.device),
         microbatch=Shrinking("per_device_train_batch_size", config.per_device_train_batch_size),
         scoring=Shrinking(
@@ -260,9 +262,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     # 3. Score: log-probabilities of actor and reference, values, rewards.
     with phases("score"), run.accelerator.autocast(), torch.no_grad():
         prefixes = shared_prefixes(config, models, rollout)
-        scored = score(
-            config, models, rollout, prefixes, run.scoring, use_head=run.reward_fn is None
-        )
+        use_head = run.reward_fn is None
+        scored = score(config, models, rollout, prefixes, run.scoring, processes, use_head=use_head)
         if run.reward_fn is not None:
             raw = call_reward_fn(
                 run.reward_fn, rollout.prompts, rollout.responses, rollout.columns, rollout.device
@@ -319,14 +320,21 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def prepare_models(
-    config: PPOConfig, model: HydraModel | MethodModels, device: torch.device
+    config: PPOConfig,
+    model: HydraModel | MethodModels,
+    device: torch.device,
+    sharding: Sharding | None = None,
 ) -> MethodModels:
     """The method's models on the device, in eval mode: dropout would move the ratio from 1."""
     models = model if isinstance(model, MethodModels) else _from_one(config, model)
     if models.method != config.method:
         raise UserError(f"the models are for {models.method}, the configuration is {config.method}")
     for one in models:
-        one.to(device).eval()
+        if sharding is None:
+            one.to(device)
+        else:
+            sharding.shard(one)
+        one.eval()
         if config.gradient_checkpointing:
             one.gradient_checkpointing_enable({"use_reentrant": config.use_reentrant})
     return models
@@ -387,6 +395,10 @@ def evaluate(
         found: dict[str, list[Tensor]] = {"actor": [], "reference": [], "kl": []}
         # Every process its own, as even as they go; one may have none.
         mine = list(range(len(prompts)))[processes.index :: processes.count]
+        counted = len(mine)
+        if processes.sharding is not None:
+            # Passes are common: who has fewer takes the first prompt once more and drops it.
+            mine += [0] * (math.ceil(len(prompts) / processes.count) - counted)
         every_seed = sampling_seeds(config.seed, 0, len(prompts))
         for start in range(0, len(mine), config.local_rollout_forward_batch_size):
             some = mine[start : start + config.local_rollout_forward_batch_size]
@@ -418,7 +430,7 @@ def evaluate(
                 if role == "actor":
                     found["kl"].append((out.logprobs - out.ref_logprobs).sum(-1))
     scores, reference, kl = (
-        torch.cat([torch.zeros(0, device=models.actor.device), *found[name]]).double()
+        torch.cat([torch.zeros(0, device=models.actor.device), *found[name]])[:counted].double()
         for name in ("actor", "reference", "kl")
     )
     wins = (scores > reference).double() + 0.5 * (scores == reference).double()

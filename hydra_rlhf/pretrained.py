@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import patch_environment
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hydra_rlhf.errors import UserError
 
@@ -23,9 +25,11 @@ def load_causal_lm(
 ) -> Any:
     """``AutoModelForCausalLM.from_pretrained``, in eval mode, with a UserError in one line."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        # transformers would leave all processes but one without weights, for accelerate to fill.
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, json.JSONDecodeError, SafetensorError) as e:
         raise UserError(f"cannot load a causal language model from {path}: {first_line(e)}") from e
     return model.eval()
@@ -63,6 +67,11 @@ def load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
 def save_head(head: nn.Linear, file: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     save_file(state, file)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts that other processes hold, who have to ask for it too."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def first_line(error: BaseException) -> str:

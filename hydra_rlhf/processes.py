@@ -6,11 +6,15 @@ accelerate's ``reduce`` over flat buckets and not ``DistributedDataParallel``, b
 here is two backward passes over sets that share no tensor, over two models in some methods, and
 because a process that runs out of memory halves its microbatch alone: each may make another number
 of passes, and only the sum at the end is common. It also holds no bucket between updates.
+
+Under FSDP what is frozen is split over the processes (``sharding.py``). Passes are common then, and
+so is the halving; what is trained is whole everywhere and its gradients are summed as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import Tensor
 
+from hydra_rlhf import sharding
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.model import HydraModel
+from hydra_rlhf.sharding import Sharding
 
 BUCKET = 1 << 25  # elements of one sum: 128 MB of float32, beyond which links are saturated
 
@@ -34,17 +41,8 @@ class Processes:
     """
 
     def __init__(self, accelerator: Accelerator):
-        splitting = {
-            DistributedType.FSDP: "FSDP",
-            DistributedType.DEEPSPEED: "DeepSpeed",
-            DistributedType.MEGATRON_LM: "Megatron-LM",
-            DistributedType.XLA: "XLA",
-        }.get(accelerator.distributed_type)
-        if splitting is not None:
-            raise UserError(
-                f"ppo cannot run under {splitting}: the base model is frozen and every process "
-                "holds it whole; launch with --multi_gpu (or --cpu) instead"
-            )
+        refuse_unsupported(accelerator)
+        self.sharding = Sharding(accelerator) if sharding.is_asked_for(accelerator) else None
         self._accelerator = accelerator
         self.index = accelerator.process_index
         self.count = accelerator.num_processes
@@ -76,6 +74,34 @@ class Processes:
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self._accelerator.device)) > 0)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether passes that were broken off can be made again."""
+        return self.sharding is None or self.sharding.can_recover
+
+    def begin_passes(self) -> None:
+        """Before passes that may run out of memory."""
+        if self.sharding is not None:
+            self.sharding.begin()
+
+    def end_passes(self, failed: bool, rest: Callable[[], object]) -> bool:
+        """Whether they have to be made again here.
+
+        Args:
+            failed: They ran out of memory in this process.
+            rest: The same passes with little in them. Where passes are common, a process that
+                failed takes part by it in those that the others still make, and all begin again.
+        """
+        if self.sharding is None:
+            return failed
+        if failed:
+            self.sharding.make_up(rest)
+        return self.any(failed)
+
+    def gathered(self, model: HydraModel) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is whole in every process, whatever splits it."""
+        return contextlib.nullcontext() if self.sharding is None else self.sharding.gathered(model)
 
     def combine(self, figures: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
         """Figures of one process each into those of all, in one transfer.
@@ -110,6 +136,26 @@ class Processes:
         if self.count > 1:
             for parameter in parameters:
                 parameter.copy_(broadcast(parameter.detach().clone()))
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Raises UserError for a launch that splits or replaces the models in another way than FSDP."""
+    reason = _UNSUPPORTED.get(accelerator.distributed_type)
+    if reason is not None:
+        raise UserError(reason)
+
+
+_DEEPSPEED = (
+    "this trainer does not run under DeepSpeed: ZeRO 1 and 2 split gradients and optimizer state, "
+    "which here are those of the adapters and small; ZeRO 3 splits the weights too, as FSDP2 does "
+    "here: launch with --multi_gpu, or with --use_fsdp --fsdp_version 2"
+)
+_UNSUPPORTED = {
+    DistributedType.DEEPSPEED: _DEEPSPEED,
+    DistributedType.MEGATRON_LM: "this trainer does not run under Megatron-LM; launch with "
+    "--multi_gpu, or with --use_fsdp --fsdp_version 2 to split the base model",
+    DistributedType.XLA: "this trainer does not run under XLA: its kernels are for CPUs and CUDA",
+}
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

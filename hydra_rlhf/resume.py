@@ -51,6 +51,7 @@ MAY_CHANGE = {
     "sample_steps",
     "num_samples",
     "local_rollout_forward_batch_size",
+    "gather_for_generation",
     "prefix_device",
     "prefix_budget_gb",
     "sft_model_path",

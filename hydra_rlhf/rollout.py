@@ -206,6 +206,7 @@ def generate(
     *,
     role: str = "actor",
     with_logprobs: bool = False,
+    synced_gpus: bool = False,
 ) -> Rollout:
     """Samples one response a prompt under a role's adapter, with transformers' ``generate``.
 
@@ -217,6 +218,7 @@ def generate(
         role: actor or reference.
         with_logprobs: Keep each token's log-probability, from generation's own logits: at most one
             step's (B, V) is held at a time.
+        synced_gpus: As transformers': go on until every process is done.
 
     Returns:
         A :class:`Rollout` without texts. T is the longest response, not response_length.
@@ -242,6 +244,7 @@ def generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
+            synced_gpus=synced_gpus,
             role=role,
             logits_processor=LogitsProcessorList([keep] if keep else []),
             stopping_criteria=StoppingCriteriaList([keep.after_token] if keep else []),

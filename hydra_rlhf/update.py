@@ -5,6 +5,7 @@ Functions of ``ppo.py``'s loop. What reaches every process is summed in :func:`u
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -46,13 +47,16 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
                 scheduler.step()  # the schedule is a function of the rollout, not of early stops
                 continue
 
-            def attempt(
-                size: int, minibatch: Tensor = minibatch, total: Tensor = total
-            ) -> dict[str, Tensor]:
-                return update_minibatch(run, experience, minibatch, total, size, critic_only)
-
+            attempt = functools.partial(
+                update_minibatch, run, experience, minibatch, total, critic_only=critic_only
+            )
             # The one place where processes may part: what has run out of memory tries again.
-            found = run.microbatch.run(attempt, clean_up=optimizer.zero_grad)
+            found = run.microbatch.run(
+                attempt,
+                clean_up=optimizer.zero_grad,
+                processes=processes,
+                rest=functools.partial(attempt, most=1),
+            )
             found = processes.combine(found, UPDATE_KINDS)
             processes.sum_gradients(trained_parameters(optimizer))
             norms = clip_gradients(config, optimizer, run.accelerator)
@@ -92,7 +96,9 @@ def update_minibatch(
     minibatch: Tensor,  # (mini,) rows of this process's rollout, on the CPU
     total: Tensor,  # () tokens of the minibatch in all processes, at least 1
     size: int,  # of a microbatch
+    *,
     critic_only: bool,
+    most: int | None = None,  # sequences of it that are run
 ) -> dict[str, Tensor]:
     """Gradients of one optimizer step, a microbatch at a time; token-weighted means of its metrics.
 
@@ -103,6 +109,7 @@ def update_minibatch(
     means: dict[str, Tensor] = {}
     config, models, accelerator = run.state.config, run.state.models, run.accelerator
     for rows in minibatch.split(size):
+        rows = rows[:most]
         index = rows.to(mask.device)
         weight = mask[index].sum() / total
         losses = ppo_losses(config, models, experience, rows, index, accelerator, critic_only)

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hydra_rlhf import data, evaluate, ppo, sft
+from hydra_rlhf import data, evaluate, ppo, sft, sharding
 from hydra_rlhf.cards import write_cards
 from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
 from hydra_rlhf.config import PPOConfig
@@ -65,7 +65,9 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
         data.load_prompts(given.eval_prompts, tokenizer=tokenizer) if given.eval_prompts else None
     )
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
-    models, reward_fn = models_of(config, device=accelerator.device)
+    models, reward_fn = models_of(
+        config, device=accelerator.device, sharded=sharding.is_asked_for(accelerator)
+    )
     check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
     run_dir = open_shared_run_dir(accelerator, output)
     settings = {"input": given, "ppo": config, "output": output}

@@ -223,11 +223,11 @@ def test_out_of_memory_halves_the_microbatch(monkeypatch, caplog):
     """And the gradients, so the run, are those of the small microbatch from the start."""
     real = update.update_minibatch
 
-    def too_large(run, experience, minibatch, total, size, critic_only):
+    def too_large(run, experience, minibatch, total, size, **kwargs):
+        found = real(run, experience, minibatch, total, size, **kwargs)  # leaves gradients behind
         if size > 1:
-            real(run, experience, minibatch, total, size, critic_only)  # leaves gradients behind
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(run, experience, minibatch, total, size, critic_only)
+        return found
 
     small = run(None, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     monkeypatch.setattr(update, "update_minibatch", too_large)
