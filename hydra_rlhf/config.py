@@ -211,6 +211,11 @@ class PPOConfig(LoraSettings):
     cliprange: float = _field(0.2, "Half-width of the policy's trust region. [PPO, table 3]")
     cliprange_value: float = _field(0.2, "How far a value may move from its old one. [TRL]")
     vf_coef: float = _field(0.1, "Weight of the value loss. [TRL; RLHF]")
+    detach_values: bool = _field(
+        False,
+        "j-hydra-ppo: the value loss trains the value head alone and leaves the joint adapter to "
+        "the policy. [ours]",
+    )
     ent_coef: float = _field(0.0, "Weight of an entropy bonus. [PPO, eq. 9; off in RLHF]")
     target_kl: float | None = _field(
         None,
@@ -342,6 +347,11 @@ class PPOConfig(LoraSettings):
         for name in ("kl_coef", "vf_coef", "weight_decay", "critic_warmup_steps", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.detach_values and self.method != "j-hydra-ppo":
+            raise UserError(
+                f"detach_values is for j-hydra-ppo: the critic of {self.method} has weights of its "
+                "own, which the value loss trains"
+            )
         if not 0.0 < self.cliprange < 1.0:
             raise UserError(f"cliprange must be in (0, 1), got {self.cliprange}")
         if not 0.0 < self.top_p <= 1.0:

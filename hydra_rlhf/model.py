@@ -304,7 +304,7 @@ class HydraModel(nn.Module):
         kl: bool = False,
         entropy: bool = False,
         prefix: Prefix | None = None,
-        detach_hidden: bool = False,
+        detach_values: bool = False,
         keep_states: dict[str, Tensor] | None = None,
     ) -> Score:
         """Log-probabilities, values and scores of responses, without logits in memory.
@@ -324,7 +324,7 @@ class HydraModel(nn.Module):
             kl: Also the exact KL; needs actor and reference.
             entropy: Also the actor's entropy.
             prefix: From :meth:`compute_prefix` on these sequences.
-            detach_hidden: Stop gradients at the trunk's output, so that only heads learn.
+            detach_values: Stop the values' gradients at the trunk's output: only their head learns.
             keep_states: Filled with the (B, T, D) head inputs of each role.
 
         Returns:
@@ -345,8 +345,6 @@ class HydraModel(nn.Module):
             hidden = hidden_of(
                 self, input_ids, attention_mask, roles, batched, reuse_reference_reward, prefix
             )
-        if detach_hidden:
-            hidden = {role: h.detach() for role, h in hidden.items()}
         targets = input_ids[:, -tokens:].masked_fill(~response_mask, IGNORE)  # (B, T)
         states = {role: h[:, -tokens - 1 : -1] for role, h in hidden.items()}  # (B, T, D)
 
@@ -355,7 +353,8 @@ class HydraModel(nn.Module):
 
         out = of_logprobs(self.lm_head, states, targets, temperature, kl=kl, entropy=entropy)
         if "critic" in states:
-            values = self._head("value", states["critic"])
+            critic = states["critic"].detach() if detach_values else states["critic"]
+            values = self._head("value", critic)
             out = out._replace(values=torch.where(response_mask, values, 0.0))
         if "reward" in hidden:
             last = last_token(response_mask) + input_ids.shape[1] - tokens  # (B,)

@@ -190,7 +190,7 @@ def ppo_losses(
         return {"value_loss": out.value_loss, "vf_clipfrac": out.vf_clipfrac}
 
     if models.joint and not critic_only:
-        new = forward("actor", "critic")
+        new = forward("actor", "critic", detach_values=config.detach_values)
         out = loss_of(new)
         yield out.loss, policy_figures(out, new) | value_figures(out)
         return
@@ -200,7 +200,7 @@ def ppo_losses(
         yield out.loss, policy_figures(out, new)
         del new, out
     # A joint adapter is the policy: while only the critic learns, only its head does.
-    out = loss_of(forward("critic", detach_hidden=models.joint and critic_only))
+    out = loss_of(forward("critic", detach_values=models.joint and critic_only))
     yield out.loss, value_figures(out)
 
 

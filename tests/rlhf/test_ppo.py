@@ -9,6 +9,7 @@ import torch
 
 from hydra_rlhf import ppo
 from hydra_rlhf.config import METHODS, PPOConfig
+from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, build_method, method_from_model
 from hydra_rlhf.metrics import diagnose, explained_variance
 from hydra_rlhf.model import ROLES, HydraModel
@@ -263,6 +264,25 @@ def test_critic_warmup_moves_no_policy():
         assert moved > 0, method
         assert "loss/policy_avg" not in result.metrics[0]
         assert result.metrics[0]["loss/value_avg"] > 0
+
+
+def test_detached_values_leave_the_joint_adapter_to_the_policy():
+    """However much the value loss weighs, a rollout's updates of the policy are the same, bit for
+    bit; later rollouts meet other values."""
+    after = {}
+    for detach, weight in itertools.product((True, False), (0.1, 5.0)):
+        config = settings(method="j-hydra-ppo", max_steps=1, detach_values=detach, vf_coef=weight)
+        models = run(config, plain_model()).models
+        joint = torch.cat([p.detach().flatten() for p in models.actor_parameters()])
+        after[detach, weight] = joint, models.critic.value_head.weight.detach()
+    assert torch.equal(after[True, 0.1][0], after[True, 5.0][0])
+    assert not torch.equal(after[False, 0.1][0], after[False, 5.0][0])
+    assert not torch.equal(after[True, 0.1][1], plain_model().reward_head.weight)
+
+
+def test_detached_values_are_for_a_joint_adapter():
+    with pytest.raises(UserError, match="detach_values is for j-hydra-ppo"):
+        run(settings(method="hydra-ppo", detach_values=True))
 
 
 def test_target_kl_stops_a_rollouts_updates():
