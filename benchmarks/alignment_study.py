@@ -4,11 +4,12 @@
     python -m benchmarks.alignment_study --timing --records FILE
     python -m benchmarks.alignment_report FILE --page docs/alignment_study.md
 
-Every arm of a seed starts from the same language model, trained on the texts of the pairs without
-their labels. Each policy then answers the same held-out prompts, judged by the gold reward, which
-training never sees. A seed and arm is one line of the records; what is in them already is not done
-again, so that a study may be stopped, continued, and split over processes by its seeds. Seconds
-are taken apart, on a quiet machine, by ``--timing``: each arm in turn, a few steps at a time.
+Every arm of every seed starts from the same language model, trained on the texts of the pairs
+without their labels; a seed is of all that follows. Each policy then answers the same held-out
+prompts, judged by the gold reward, which training never sees. A seed and arm is one line of the
+records; what is in them already is not done again, so that a study may be stopped, continued, and
+split over processes by its seeds, once ``--arms Start`` is done. Seconds are taken apart, on a
+quiet machine, by ``--timing``: each arm in turn, a few steps at a time.
 
 Santacroce et al. 2023, arXiv:2309.00754, table 2, judged by GPT-4: average win rates SFT 48.55,
 LoRA-PPO 50.68, Hydra-SFT 48.50, J-Hydra-PPO 46.50, Hydra-PPO 55.52.
@@ -17,6 +18,7 @@ LoRA-PPO 50.68, Hydra-SFT 48.50, J-Hydra-PPO 46.50, Hydra-PPO 55.52.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -24,7 +26,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,10 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks import machine
-from hydra_rlhf import demo, evaluate, ppo, sft
+from hydra_rlhf import demo, evaluate, ppo, sft, update
 from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data import Demonstration, Preference, Prompt, bundled
@@ -47,6 +50,7 @@ from hydra_rlhf.rollout import sampling_of
 from hydra_rlhf.sft import SFTConfig
 
 START, REWARD_MODEL = "Start", "Reward model"
+SURGERY = "value gradient projected"
 SFT, HYDRA_SFT = "SFT", "Hydra-SFT"
 
 
@@ -60,7 +64,7 @@ class Arm:
         reward: The arm whose reward head scores its answers, and is what PPO trains against.
         settings: Of PPOConfig where there is a method, else of SFTConfig.
         group: paper, remedy (for J-Hydra-PPO) or critic (how it is initialised).
-        value_head: reward (as the method has it), zero or random.
+        value_head: What it starts as: the reward head (as the method has it), zero or noise.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Arm:
     reward: str = REWARD_MODEL
     settings: dict[str, Any] = field(default_factory=dict)
     group: str = "paper"
-    value_head: str = "reward"
+    value_head: str = "the reward head"
 
     @property
     def is_ppo(self) -> bool:
@@ -80,26 +84,41 @@ def _joint(name: str, **settings: Any) -> Arm:
     return Arm(f"J-Hydra-PPO, {name}", HYDRA_SFT, HYDRA_SFT, settings, group="remedy")
 
 
-def _critic(name: str, value_head: str) -> Arm:
-    settings = {"method": "hydra-ppo"}
-    return Arm(f"Hydra-PPO, {name}", HYDRA_SFT, HYDRA_SFT, settings, "critic", value_head)
+def _critic(value_head: str) -> Arm:
+    settings = {"method": "hydra-ppo", "max_steps": 10}
+    name = f"Hydra-PPO, critic from {value_head}"
+    return Arm(name, HYDRA_SFT, HYDRA_SFT, settings, "critic", value_head)
 
 
 ARMS = (
-    Arm(START, ""),
+    Arm(START, "", "", {"objective": "sft", "epochs": 2.0, "learning_rate": 3e-3}),
+    Arm(REWARD_MODEL, START, settings={"objective": "rm"}),
     Arm(SFT, START, settings={"objective": "sft"}),
     Arm(HYDRA_SFT, START, HYDRA_SFT, {"objective": "hydra"}),
-    Arm(REWARD_MODEL, START, settings={"objective": "rm"}),
     Arm("J-Hydra-PPO", HYDRA_SFT, HYDRA_SFT, {"method": "j-hydra-ppo"}),
     Arm("Hydra-PPO", HYDRA_SFT, HYDRA_SFT, {"method": "hydra-ppo"}),
     Arm("LoRA-PPO", SFT, REWARD_MODEL, {"method": "lora-ppo"}),
-    Arm("LoRA-SFT", START, settings={"objective": "sft", "lora_r": 16, "learning_rate": 3e-3}),
-    Arm("DPO", SFT, settings={"objective": "dpo", "lora_r": 16, "epochs": 1.0}),
+    Arm("LoRA-SFT", START, "", settings={"objective": "sft", "lora_r": 16, "learning_rate": 3e-3}),
+    Arm(
+        "DPO",
+        SFT,
+        settings={"objective": "dpo", "lora_r": 16, "learning_rate": 1e-3, "epochs": 0.5},
+    ),
     _joint("vf_coef / 10", vf_coef=0.01),
     _joint("value head's rate x 10", critic_learning_rate=1e-2),
     _joint("5 critic steps first", critic_warmup_steps=5),
-    _critic("critic from zero", "zero"),
-    _critic("critic from noise", "random"),
+    _joint("value loss to the head alone", detach_values=True),
+    _joint(SURGERY, vf_coef=0.1),
+    _critic("the reward head"),
+    _critic("zero"),
+    _critic("noise"),
+)
+START_SEED = 0
+# The demo's sizes. The start has seen the texts, so that one pass is enough for what follows.
+SCALE = replace(
+    demo.FULL,
+    sft=replace(demo.FULL.sft, epochs=1.0, learning_rate=2e-3, eval_every=0),
+    ppo=replace(demo.FULL.ppo, max_steps=40),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 # Of each PPO step, kept in the records.
@@ -154,7 +173,11 @@ class Study:
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Trains and evaluates an arm, and adds its record."""
         began = time.perf_counter()
-        model, role, figures = self.train(arm, seed)
+        if arm.name == START:
+            model, role = HydraModel.from_pretrained(self.checkpoint(START, seed)), "reference"
+            figures: dict[str, Any] = {"seconds": [], "static_bytes": static_bytes([model])}
+        else:
+            model, role, figures = self.train(arm, seed)
         record = {"kind": "arm", "arm": arm.name, "group": arm.group, "seed": seed}
         figures["train_s"] = sum(figures.pop("seconds"))
         if arm.name != REWARD_MODEL:
@@ -191,12 +214,7 @@ class Study:
     # Training
 
     def sft_config(self, arm: Arm, seed: int) -> SFTConfig:
-        """Half the demo's passes each for the start and for what follows, at a third of its rate:
-        the arms go on from a language model, the demo starts from random weights."""
-        base = replace(self.scale.sft, seed=seed, epochs=self.scale.sft.epochs / 2, eval_every=0)
-        if arm.name == START:
-            return replace(base, objective="sft")
-        return replace(base, **{"learning_rate": 1e-3, **arm.settings})
+        return replace(self.scale.sft, seed=seed, **arm.settings)
 
     def ppo_config(self, arm: Arm, seed: int) -> PPOConfig:
         paths = {"sft_model_path": str(self.path(arm.base, seed))}
@@ -205,7 +223,8 @@ class Study:
         return replace(self.scale.ppo, seed=seed, **paths, **arm.settings)
 
     def path(self, name: str, seed: int) -> Path:
-        return self.work / f"seed-{seed}" / name.lower().replace(" ", "-")
+        folder = "every-seed" if name == START else f"seed-{seed}"
+        return self.work / folder / name.lower().replace(" ", "-")
 
     def checkpoint(self, name: str, seed: int) -> Path:
         """The checkpoint of an SFT arm, trained if it is not there."""
@@ -219,6 +238,7 @@ class Study:
         """The trained model, the role that is its policy, and figures of the training."""
         for needed in {arm.base, arm.reward if arm.is_ppo else ""} - {""}:
             self.checkpoint(needed, seed)
+        seed = START_SEED if arm.name == START else seed
         torch.manual_seed(seed)
         if arm.is_ppo:
             models, figures = self._train_ppo(arm, seed, max_steps)
@@ -284,16 +304,17 @@ class Study:
         with torch.no_grad():
             if arm.value_head == "zero":
                 head.zero_()
-            elif arm.value_head == "random":
+            elif arm.value_head == "noise":
                 head.normal_(std=head.shape[1] ** -0.5)
         stamps = [time.perf_counter()]
-        result = ppo.train(
-            config,
-            models,
-            self.tokenizer,
-            self.prompts,
-            on_step=lambda step, metrics: stamps.append(time.perf_counter()),
-        )
+        with surgery() if SURGERY in arm.name else contextlib.nullcontext():
+            result = ppo.train(
+                config,
+                models,
+                self.tokenizer,
+                self.prompts,
+                on_step=lambda step, metrics: stamps.append(time.perf_counter()),
+            )
         figures: dict[str, Any] = {
             "seconds": _steps(stamps),
             "samples_a_step": config.local_batch_size,
@@ -318,8 +339,9 @@ class Study:
     def evaluate(self, arm: Arm, seed: int, model: HydraModel, role: str) -> dict[str, Any]:
         """Answers to the held-out prompts: gold reward, KL to ``arm.base``, learned reward."""
         found: dict[str, Any] = {}
-        for name in dict.fromkeys(filter(None, (arm.base, arm.reward))):
-            other = HydraModel.from_pretrained(self.checkpoint(name, seed))
+        others = dict.fromkeys(filter(None, (arm.base, arm.reward)))
+        for name in others or ("",):
+            other = HydraModel.from_pretrained(self.checkpoint(name, seed)) if name else None
             answers = evaluate.answer(
                 arm.name,
                 model,
@@ -364,6 +386,38 @@ class Study:
             low, middle, high = (per_sample[int(q * (len(each) - 1))] for q in (0.2, 0.5, 0.8))
             figures = {"s_per_sample": middle, "p20": low, "p80": high, "steps": len(each)}
             self.append({"kind": "timing", "arm": name, "seed": seed, **figures})
+
+
+@contextlib.contextmanager
+def surgery() -> Iterator[None]:
+    """What of the value loss's gradient opposes the policy's in the joint adapter is taken from it.
+
+    ``g_v - min(0, g_v . g_p) / |g_p|^2 g_p``: the projection of Yu et al. 2020, arXiv:2001.06782,
+    algorithm 1, of one of the two gradients. For one microbatch a minibatch, as the study has it.
+    """
+    whole = update.ppo_losses
+
+    def projected(
+        config: PPOConfig, models: MethodModels, *rest: Any
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        joint, head = models.actor_parameters(), models.critic_parameters()
+        for _, figures in whole(config, models, *rest):
+            policy = torch.autograd.grad(figures["policy_loss"], joint, retain_graph=True)
+            value = torch.autograd.grad(config.vf_coef * figures["value_loss"], [*joint, *head])
+            dot = sum((p * v).sum() for p, v in zip(policy, value, strict=False))
+            square = sum(p.square().sum() for p in policy)
+            share = (dot.clamp(max=0.0) / square.clamp(min=1e-30)).detach()
+            wanted = [v + (1.0 - share) * p for p, v in zip(policy, value, strict=False)]
+            wanted += value[len(joint) :]
+            # A loss whose gradient is the wanted one, for the loop to send back as any other.
+            sums = [(p * w).sum() for p, w in zip([*joint, *head], wanted, strict=True)]
+            yield torch.stack(sums).sum(), figures
+
+    update.ppo_losses = projected
+    try:
+        yield
+    finally:
+        update.ppo_losses = whole
 
 
 def static_bytes(models: list[HydraModel]) -> int:
@@ -418,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of --timing")
     args = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
-    study = Study(demo.QUICK if args.quick else demo.FULL, args.records, args.work)
+    study = Study(demo.QUICK if args.quick else SCALE, args.records, args.work)
     done = study.done()
     arms = [BY_NAME[n] for n in args.arms] if args.arms else ARMS
     if args.timing:

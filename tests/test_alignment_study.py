@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import alignment_study
 from benchmarks.alignment_study import ARMS, BY_NAME, START, Study, read
-from hydra_rlhf import demo
+from hydra_rlhf import demo, update
+from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.model import HydraModel
 
 SCALE = replace(
@@ -35,8 +37,8 @@ def record(study):
 def test_an_arm_brings_what_it_starts_from(study, record):
     """Only the arm asked for has a record; its bases are there as checkpoints."""
     assert study.done() == {(3, "Hydra-PPO")}
-    inside = {path.name for path in (study.work / "seed-3").iterdir()}
-    assert inside == {"start", "hydra-sft"}
+    assert [path.name for path in (study.work / "seed-3").iterdir()] == ["hydra-sft"]
+    assert [path.name for path in (study.work / "every-seed").iterdir()] == ["start"]
 
 
 def test_a_record_says_what_was_run_and_found(study, record):
@@ -59,6 +61,15 @@ def test_an_arm_again_is_the_same(study, record, tmp_path):
         assert other[name] == record[name], name
 
 
+def test_the_start_is_trained_once(study, record, tmp_path, monkeypatch):
+    """Every seed answers with it; its weights are of one seed."""
+    monkeypatch.setattr(Study, "train", None)
+    other = Study(SCALE, tmp_path / "records.jsonl", study.work.parent)
+    first, second = (other.run(BY_NAME[START], seed) for seed in (3, 4))
+    assert "kl" not in first and first["static_bytes"] == second["static_bytes"]
+    assert first["examples"] != second["examples"]
+
+
 def test_what_is_done_is_not_done_again(study, record, monkeypatch):
     ran = []
     monkeypatch.setattr(Study, "run", lambda self, arm, seed: ran.append((seed, arm.name)) or {})
@@ -73,7 +84,7 @@ def test_what_is_done_is_not_done_again(study, record, monkeypatch):
 
 
 def test_other_sizes_are_refused(study, record):
-    other = Study(replace(SCALE, num_eval_prompts=5), study.records, study.work)
+    other = Study(replace(SCALE, num_eval_prompts=5), study.records, study.work.parent)
     with pytest.raises(SystemExit, match="other sizes"):
         other.done()
 
@@ -83,13 +94,13 @@ def test_a_torn_line_is_neither_read_nor_written_into(study, record, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text(whole + whole[:40])
     assert len(read(torn)) == 1
-    other = Study(SCALE, torn, study.work)
+    other = Study(SCALE, torn, study.work.parent)
     other.append({**record, "seed": 4})
     assert {one["seed"] for one in read(torn)} == {3, 4}
 
 
 def test_timing_is_a_record_of_its_own(study, record, tmp_path):
-    other = Study(SCALE, tmp_path / "records.jsonl", study.work)
+    other = Study(SCALE, tmp_path / "records.jsonl", study.work.parent)
     other.time([HYDRA_PPO, BY_NAME["SFT"]], 3, rounds=1)
     found = {one["arm"]: one for one in read(other.records)}
     assert {one["kind"] for one in found.values()} == {"timing"}
@@ -108,13 +119,31 @@ def test_critics_start_from_what_they_are_named_after(study, record, monkeypatch
 
     monkeypatch.setattr(alignment_study.ppo, "train", stop)
     reward = HydraModel.from_pretrained(study.path("Hydra-SFT", 3)).reward_head.weight
-    for name in ("Hydra-PPO", "Hydra-PPO, critic from zero", "Hydra-PPO, critic from noise"):
+    for name in (name for name, arm in BY_NAME.items() if arm.group == "critic"):
         with pytest.raises(KeyboardInterrupt):
             study.run(BY_NAME[name], 3)
-    assert torch.equal(heads["Hydra-PPO"], reward)
+    assert torch.equal(heads["Hydra-PPO, critic from the reward head"], reward)
     assert not heads["Hydra-PPO, critic from zero"].any()
     noise = heads["Hydra-PPO, critic from noise"]
     assert noise.all() and not torch.equal(noise, reward)
+
+
+@pytest.mark.parametrize(
+    ("pull", "expected"), [(-2.0, [1.0, 3.0]), (2.0, [3.0, 3.0])], ids=["against", "along"]
+)
+def test_surgery_takes_what_opposes_the_policy(pull, expected, monkeypatch):
+    """p = (1, 0); a value gradient (-2, 3) becomes (0, 3), and (2, 3) stays, beside p itself."""
+    joint, head = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    figures = {"policy_loss": joint[0], "value_loss": pull * joint[0] + 3 * joint[1] + head[0]}
+    monkeypatch.setattr(update, "ppo_losses", lambda *_: iter([(torch.zeros(()), figures)]))
+    models = SimpleNamespace(actor_parameters=lambda: [joint], critic_parameters=lambda: [head])
+    before = update.ppo_losses
+    with alignment_study.surgery():
+        ((loss, _),) = update.ppo_losses(PPOConfig(vf_coef=1.0), models)
+    assert update.ppo_losses is before
+    loss.backward()
+    assert joint.grad.tolist() == expected
+    assert head.grad.tolist() == [1.0]
 
 
 def test_every_arm_has_what_it_needs():
@@ -122,7 +151,7 @@ def test_every_arm_has_what_it_needs():
     for i, arm in enumerate(ARMS[1:], start=1):
         before = [one.name for one in ARMS[:i]]
         assert arm.base in before
-        assert arm.reward in [one.name for one in ARMS]
+        assert arm.reward in {*before, arm.name, ""}
 
 
 def test_records_in_the_repository_are_of_committed_code():
