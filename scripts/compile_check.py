@@ -24,17 +24,20 @@ sm_100. A module with kernels has a function
 
 The variants are those that run: each tuned configuration, each dtype that takes another path. A
 kernel in CUDA names its features in a comment of its source, `// SASS expects: <kernel>: <feature>,
-<feature>`, or `// SASS expects: <kernel><template arguments>: ...` for one instantiation of it.
+<feature>`, or `// SASS expects: <kernel><template arguments>: ...` for those instantiations of it
+that the pattern fits, `*` standing for anything.
 
 A failure to compile, a register spill, more shared memory than the architecture has, or a missing
 feature is an error, and the exit status is 1. "warps" is the share of a multiprocessor's warps that
-registers and shared memory leave room for. The table is also in build/compile-check/report.json.
+registers and shared memory leave room for (CUDA: at the kernel's launch bounds, without the shared
+memory that a launch asks for). The table is also in build/compile-check/report.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import fnmatch
 import importlib
 import json
 import multiprocessing
@@ -81,7 +84,7 @@ class Row:
     spill_bytes: int = 0  # CUDA: as ptxas reports; Triton: 4 for each local load or store
     stack_bytes: int = 0
     shared_bytes: int = 0
-    occupancy: float | None = None  # Triton: warps that fit on a multiprocessor, of 64
+    occupancy: float | None = None  # warps that fit on a multiprocessor, of 64
     features: dict[str, int] = field(default_factory=dict)  # occurrences in the machine code
     errors: list[str] = field(default_factory=list)
 
@@ -126,6 +129,37 @@ def disassemble(path: Path) -> dict[tuple[str, str], str]:
     return {key: "\n".join(lines) for key, lines in found.items()}
 
 
+def block_sizes(path: Path) -> dict[tuple[str, str], int]:
+    """(kernel, architecture) to the threads of a block that its launch bounds allow."""
+    tool = find_tool("cuobjdump")
+    assert tool is not None, "disassemble() has found it"
+    text = subprocess.run([tool, "-elf", str(path)], check=True, capture_output=True, text=True)
+    return parse_block_sizes(text.stdout)
+
+
+def parse_block_sizes(text: str) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    arch = kernel = ""
+    expected = False
+    for line in text.splitlines():
+        if heading := re.match(r"\s*(?:arch = |code for )sm_(\w+)", line):
+            arch = heading[1]
+        elif heading := re.match(r"\.nv\.info\.(\S+)", line):
+            kernel = heading[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            expected = True
+        elif expected and (value := re.match(r"\s*Value:((?:\s+0x[0-9a-f]+)+)", line)):
+            x, y, z = (int(size, 16) for size in value[1].split())
+            found[kernel, arch] = x * y * z
+            expected = False
+    return found
+
+
+def fits(pattern: str, kernel: str, instance: str) -> bool:
+    """Whether a SASS expects comment means this instantiation of a kernel."""
+    return fnmatch.fnmatchcase(instance if "<" in pattern else kernel, pattern)
+
+
 def count_features(sass: str) -> dict[str, int]:
     counts = {name: len(pattern.findall(sass)) for name, pattern in FEATURES.items()}
     return {name: count for name, count in counts.items() if count}
@@ -164,16 +198,21 @@ def check_cuda() -> list[Row]:
         rows += ptxas_rows(report.read_text())
     expects = cuda_expectations()
     mangled = [row.kernel for row in rows]
-    sass = disassemble(extension)
+    found: set[str] = set()
+    sass, threads = disassemble(extension), block_sizes(extension)
     for row, plain in zip(rows, demangle(mangled), strict=True):
         row.features = count_features(sass.get((row.kernel, row.arch), ""))
+        if block := threads.get((row.kernel, row.arch)):
+            arch = int(re.sub(r"\D", "", row.arch))
+            row.occupancy = occupancy(row.registers, row.shared_bytes, block // 32, arch)
         base = re.sub(r"<.*", "", plain.split("(")[0]).split("::")[-1].split(" ")[-1]
         row.variant = template_arguments(plain)
         row.kernel = base
         instance = f"{base}<{row.variant}>"
-        row.judge((*expects.get(base, ()), *expects.get(instance, ())), None)
-    known = {row.kernel for row in rows} | {f"{row.kernel}<{row.variant}>" for row in rows}
-    for kernel in sorted(set(expects) - known):
+        names = [name for name in expects if fits(name, base, instance)]
+        row.judge(tuple(feature for name in names for feature in expects[name]), None)
+        found.update(names)
+    for kernel in sorted(set(expects) - found):
         errors = ["a SASS expects comment names it, and there is no such kernel"]
         rows.append(Row("cuda", kernel, "", "", errors=errors))
     return rows
@@ -225,7 +264,8 @@ def template_arguments(name: str) -> str:
 def call_cuda_entry(extension: Path) -> None:
     """In a process of its own: the extension imports, and says so when there is no GPU."""
     code = f"""
-import importlib.util, torch
+import importlib.util, sys, torch
+sys.modules["hydra_kernels._C"] = None  # not the one built in place, where there is one
 from hydra_kernels.backends import extension
 extension.share_openmp()
 spec = importlib.util.spec_from_file_location("hydra_kernels._C", {str(extension)!r})

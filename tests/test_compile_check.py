@@ -73,6 +73,43 @@ def test_occupancy_by_hand(script):
     assert script.occupancy(32, 0, 1, 90) == 0.5
 
 
+ELF = """
+arch = sm_80
+.nv.info._Z1fPf
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x80 0x2 0x1
+.nv.info._Z1gPf
+\tAttribute:\tEIATTR_REGCOUNT
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x3 0x20
+arch = sm_90a
+.nv.info._Z1gPf
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x20 0x1 0x1
+"""
+
+
+def test_block_sizes_are_read(script):
+    # g has no launch bounds on sm_80; another attribute's value is not one
+    assert script.parse_block_sizes(ELF) == {("_Z1fPf", "80"): 256, ("_Z1gPf", "90a"): 32}
+
+
+@pytest.mark.parametrize(
+    "pattern, meant",
+    [
+        ("gae_fwd_kernel", True),
+        ("gae_fwd_kernel<*, true>", True),
+        ("gae_fwd_kernel<256, *, true>", True),
+        ("gae_fwd_kernel<*, false>", False),
+        ("gae_fwd", False),
+    ],
+)
+def test_a_comment_means_the_instantiations_that_it_fits(script, pattern, meant):
+    assert script.fits(pattern, "gae_fwd_kernel", "gae_fwd_kernel<256, false, true>") is meant
+
+
 KERNELS = """
 import triton
 import triton.language as tl

@@ -7,6 +7,8 @@
 // segments: a first launch reduces each to its map, and every block of the second applies the maps
 // right of its own segment, in their order, before it scans. No Torch headers: nvcc alone checks
 // this file.
+// SASS expects: gae_fwd_kernel<*, true>: wide_loads
+// SASS expects: gae_segment_kernel<*, true>: wide_loads
 #pragma once
 #include <cuda_runtime.h>
 

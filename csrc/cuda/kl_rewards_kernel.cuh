@@ -1,5 +1,6 @@
 // Per-token rewards in one launch: a KL penalty on every token and the score on the last. No Torch
 // headers: nvcc alone checks this file.
+// SASS expects: kl_rewards_fwd_kernel<*, true>: wide_loads
 #pragma once
 #include <cuda_runtime.h>
 

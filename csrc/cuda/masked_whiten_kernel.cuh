@@ -1,6 +1,8 @@
 // Whitening over a mask: moments in one launch, whitening in another.
 //
 // No Torch headers: nvcc alone checks this file.
+// SASS expects: masked_whiten_moments_kernel<true>: wide_loads
+// SASS expects: masked_whiten_fwd_kernel<true>: wide_loads
 #pragma once
 #include <cuda_runtime.h>
 

@@ -3,6 +3,7 @@
 // Each block writes the sums of its tokens. The one that finishes last, found by an atomic ticket,
 // adds them in their order: the ticket decides who adds, not in which order, so the result is the
 // same every time. No Torch headers: nvcc alone checks this file.
+// SASS expects: ppo_loss_fwd_kernel<true>: wide_loads
 #pragma once
 #include <cuda_runtime.h>
 
