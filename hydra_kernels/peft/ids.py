@@ -1,0 +1,193 @@
+"""Which adapter runs on which row, and the same one when it is recomputed in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as _torch_checkpoint
+
+from hydra_kernels.ops.lora_linear import check_ids
+from hydra_kernels.peft.current import Current, backward_pass
+from hydra_kernels.peft.layer import FusedLinear
+
+
+class IdsOfModel:
+    """What :func:`adapter_ids` knows about a model, kept on it so that a switch is cheap."""
+
+    def __init__(self, model: nn.Module, current: Current) -> None:
+        self.current = current
+        self.names: tuple[str, ...] = ()
+        self.index: dict[str, int] = {}
+        self.used = False  # ids have been in use, so that a recomputation must know its own
+        self.scalars: dict[tuple[int, torch.device], Tensor] = {}
+        self.device = torch.device("cpu")
+        self.checkpointed: list[nn.Module] = []
+        self.scan(model)
+
+    def scan(self, model: nn.Module) -> None:
+        """Looks through the modules again: adapters were added or deleted."""
+        left = []
+        for name, module in model.named_modules():
+            if isinstance(module, FusedLinear):
+                module._current = self.current
+                module._model = self
+                self.device = module.get_base_layer().weight.device
+            elif isinstance(module, LoraLayer):
+                left.append(name)
+        if left:
+            raise ValueError(
+                "adapter_ids: these LoRA layers run PEFT's own code, which knows no ids: "
+                + ", ".join(left)
+                + " (fuse(model) reports why)"
+            )
+        # A module that checkpoints says so by this attribute, transformers' convention.
+        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.names = tuple(adapter_names(model))
+        self.index = {name: i for i, name in enumerate(self.names)}
+
+    def wrap_checkpoints(self) -> None:
+        for module in self.checkpointed:
+            run = module.__dict__.get("_gradient_checkpointing_func")
+            if type(run) is KeepingCheckpoint:
+                if run.model is self:
+                    continue
+                run = run.run  # that of the model which this one is a copy of
+            if run is not None:
+                module._gradient_checkpointing_func = KeepingCheckpoint(run, self)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # the copy of a model is scanned anew when it is first given ids
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+class KeepingCheckpoint:
+    """A model's checkpointing function, recomputing with the adapter ids of the forward pass."""
+
+    def __init__(self, run: Callable, model: IdsOfModel | None) -> None:
+        self.run = run
+        self.model = model
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        # A compiled graph recomputes from its own inputs, of which the ids are one.
+        if self.model is not None and not torch.compiler.is_compiling():
+            function = _keep(self.model.current, function)
+        return self.run(function, *args, **kwargs)
+
+
+def _keep(current: Current, function: Callable) -> Callable:
+    ids, index, only = current.ids, current.index, current.only
+
+    def with_ids_of_forward(*args: Any, **kwargs: Any) -> Any:
+        before = current.replace(ids, index, backward_pass(), only)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            current.replace(*before)
+
+    return with_ids_of_forward
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of a PEFT model's adapters in the order they were added, which is that of their ids."""
+    for module in model.modules():
+        config = getattr(module, "peft_config", None)
+        if isinstance(config, dict):
+            return list(config)
+    raise ValueError(f"{type(model).__name__} has no adapters of PEFT")
+
+
+class adapter_ids:  # noqa: N801  a context manager, named as it reads
+    """Within this context, which adapter runs on which sequence or row of a fused model.
+
+    Overrides PEFT's active adapters, but not ``disable_adapter``. Differentiable for every adapter
+    whose parameters ask for it, and seen only by the thread that entered it. Gradient checkpointing
+    of transformers models recomputes with the ids of the forward pass; a function that you
+    checkpoint yourself needs :func:`checkpoint` or :func:`keep_adapter_ids`, and raises without.
+
+    Args:
+        model: A PEFT model whose LoRA layers are all fused.
+        ids: An int for every row, or an integer tensor shaped () or as a leading part of the
+            layers' inputs, (B,) or (B, T): i runs adapter ``adapter_names(model)[i]`` and -1 the
+            base. A tensor is read on its device when a layer runs, so a captured CUDA graph and a
+            compiled model obey new values in it. None is PEFT's own choice.
+
+    Raises:
+        ValueError: an int is out of range, or a LoRA layer of the model is not fused.
+    """
+
+    __slots__ = ("_before", "_ids", "_model", "_only")
+
+    def __init__(self, model: nn.Module, ids: int | Tensor | None) -> None:
+        known = model.__dict__.get("_hydra_model")
+        if known is None:
+            known = IdsOfModel(model, _current_of(model))
+            model._hydra_model = known
+        else:
+            config = getattr(model, "peft_config", None)
+            if isinstance(config, dict) and tuple(config) != known.names:
+                known.scan(model)
+        self._only: dict[str, int] | None = None
+        if ids is not None and not isinstance(ids, Tensor):
+            self._only = {} if ids < 0 else {name: ids for name in known.names[ids : ids + 1]}
+            ids = _scalar(known, ids)
+        elif ids is not None:
+            if ids.is_floating_point() or ids.dtype == torch.bool:
+                raise ValueError(f"adapter_ids must be integers, got {ids.dtype}")
+            check_ids(ids, len(known.names))
+        self._model = known
+        self._ids = ids
+        self._before: list[tuple] = []
+
+    def __enter__(self) -> None:
+        known = self._model
+        if self._ids is not None:
+            known.used = True
+        known.wrap_checkpoints()
+        before = known.current.replace(self._ids, known.index, backward_pass(), self._only)
+        self._before.append(before)
+
+    def __exit__(self, *exception: object) -> None:
+        self._model.current.replace(*self._before.pop())
+
+
+def _current_of(model: nn.Module) -> Current:
+    """The ids that the fused layers of ``model`` share, new where they share none yet."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear) and "_current" in module.__dict__:
+            return module._current
+    return Current()
+
+
+def _scalar(known: IdsOfModel, ids: int) -> Tensor:
+    if not -1 <= ids < len(known.names):
+        raise ValueError(
+            f"adapter_ids must be between -1 and {len(known.names) - 1}, got {ids} "
+            f"(adapters: {', '.join(known.names)})"
+        )
+    found = known.scalars.get((ids, known.device))
+    if found is None:
+        found = known.scalars[ids, known.device] = torch.tensor(ids, device=known.device)
+    return found
+
+
+def keep_adapter_ids(model: nn.Module, function: Callable) -> Callable:
+    """``function`` under the adapter ids that hold now, whenever and wherever it is called.
+
+    For activation checkpointing done by hand: ``checkpoint(keep_adapter_ids(model, block), x)``.
+    """
+    return _keep(_current_of(model), function)
+
+
+def checkpoint(model: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint`` that recomputes with the adapter ids of the forward."""
+    return _torch_checkpoint(keep_adapter_ids(model, function), *args, **kwargs)

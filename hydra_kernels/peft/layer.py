@@ -1,0 +1,231 @@
+"""PEFT's LoRA linear layer with a forward on :func:`hydra_kernels.lora_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from hydra_kernels.ops.lora_linear import gated_linear
+from hydra_kernels.peft.current import NO_BACKWARD, Current, backward_pass
+
+if TYPE_CHECKING:
+    from hydra_kernels.peft.ids import IdsOfModel
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's ``lora.Linear``, running on :func:`hydra_kernels.lora_linear` where that fits.
+
+    PEFT's own forward runs, unchanged, for a merged or disabled layer, ``adapter_names``, variants
+    (DoRA, aLoRA, ...), biases of lora_B, several active adapters under dropout, a base that is not
+    exactly ``nn.Linear`` or ``Conv1D`` or has a tensor subclass for a weight, and hooks or an
+    instance's own forward on a submodule.
+    """
+
+    # Shadowed on the instance when the model is first given ids.
+    _current = Current()
+    _model: IdsOfModel | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        current = self._current
+        if current.entered_in == NO_BACKWARD and self._model is not None and self._model.used:
+            self._refuse_unknown_ids()
+        if current.ids is not None and not self._disable_adapters:
+            # A compiled graph reads even an int on the device: the next one must not recompile it.
+            index = current.index
+            if not torch.compiler.is_compiling() and current.only is not None:
+                index = current.only
+            return self._gated_forward(x, current.ids, index, *args, **kwargs)
+        if args or kwargs or self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        names = self._present(self.active_adapters)
+        dropout = self._fast_dropout(x, names)
+        if not names or dropout is None or (dropout > 0.0 and len(names) > 1):
+            return super().forward(x)
+        return self._fast_forward(x, names, range(len(names)), None, dropout, len(names))
+
+    def _refuse_unknown_ids(self) -> None:
+        if backward_pass() != NO_BACKWARD:
+            raise RuntimeError(
+                "a checkpointed forward pass is recomputed in backward, and which adapter ids it "
+                "had is not known: checkpoint with hydra_kernels.peft.checkpoint or wrap the "
+                "function in keep_adapter_ids, or enable gradient checkpointing before the first "
+                "adapter_ids"
+            )
+
+    def _present(self, names: Any) -> list[str]:
+        lora_a = self._modules["lora_A"]._modules
+        return [name for name in names if name in lora_a]
+
+    def _fast_dropout(self, x: Tensor, names: list[str]) -> float | None:
+        """The dropout probability of the adapters, or None where PEFT's code has to run."""
+        base = self._modules["base_layer"]
+        modules = self._modules
+        weight = base._parameters.get("weight")
+        if (
+            type(base) not in BASES
+            or not is_bare(base)
+            or not (is_plain(weight) and is_plain(x))
+            or _has_any_global_hook()
+        ):
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not autocast:
+            return None
+        lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+        drops = modules["lora_dropout"]._modules
+        found: float | None = None
+        dtype: torch.dtype | None = None
+        device = x.device
+        for name in names:
+            a, b, drop = lora_a[name], lora_b[name], drops[name]
+            if (
+                type(a) is not nn.Linear
+                or type(b) is not nn.Linear
+                or type(drop) not in _DROPOUTS
+                or not (is_bare(a) and is_bare(b) and is_bare(drop))
+                or name in self.lora_variant
+                or b._parameters["bias"] is not None
+                or a._parameters["bias"] is not None
+            ):
+                return None
+            a_weight, b_weight = a._parameters["weight"], b._parameters["weight"]
+            if not (type(a_weight) in _PLAIN and type(b_weight) in _PLAIN):
+                return None
+            if dtype is None:
+                dtype = a_weight.dtype
+            if (
+                a_weight.dtype != dtype
+                or b_weight.dtype != dtype
+                or a_weight.device != device
+                or b_weight.device != device
+            ):
+                return None
+            scale = self.scaling[name]
+            if isinstance(scale, Tensor) and (scale.requires_grad or scale.numel() != 1):
+                return None
+            p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+            if found is not None and p != found:
+                return None
+            found = p
+        if dtype != x.dtype and not (self.cast_input_dtype_enabled or autocast):
+            return None  # PEFT multiplies without a cast, which torch refuses
+        return 0.0 if found is None else found
+
+    def _fast_forward(
+        self,
+        x: Tensor,
+        names: list[str],
+        owners: Sequence[int],
+        ids: Tensor | None,
+        dropout: float,
+        num_adapters: int,
+    ) -> Tensor:
+        base = self._modules["base_layer"]
+        weight = base._parameters["weight"]
+        lora_a, lora_b = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        return gated_linear(
+            x,
+            weight.t() if type(base) is Conv1D else weight,
+            base._parameters["bias"],
+            [lora_a[name]._parameters["weight"] for name in names],
+            [lora_b[name]._parameters["weight"] for name in names],
+            [self.scaling[name] for name in names],
+            owners,
+            ids,
+            dropout,
+            num_adapters=num_adapters,
+        )
+
+    def _gated_forward(
+        self, x: Tensor, ids: Tensor, index: Mapping[str, int], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names and hydra_kernels.peft.adapter_ids exclude each other")
+        if self.merged_adapters:
+            raise ValueError("adapter_ids: these adapters are merged, call unmerge_adapter first")
+        if ids.device != x.device:
+            ids = ids.to(x.device)
+        names = self._present(index)
+        if ids.dim() > 0:
+            ids = self._spread(ids, x)
+        dropout = None if args or kwargs else self._fast_dropout(x, names)
+        if dropout is not None:
+            if not names:
+                return self.base_layer(x)
+            owners = [index[name] for name in names]
+            everywhere = not torch.compiler.is_compiling() and index is self._current.only
+            return self._fast_forward(
+                x, names, owners, None if everywhere else ids, dropout, len(self._current.index)
+            )
+        return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
+
+    def _spread(self, ids: Tensor, x: Tensor) -> Tensor:
+        """``ids`` for the rows of a layer whose input (B, T) was flattened, as OPT's MLP does."""
+        compiling = torch.compiler.is_compiling()
+        if ids.dim() < x.dim() and ids.shape == x.shape[: ids.dim()]:
+            if x.dim() > 2 and not compiling:
+                self._current.tokens = x.shape[:-1].numel()
+            return ids
+        rows = x.shape[0]
+        # Routed experts see rows in another order: only as many as the sequences have are theirs.
+        whole = rows % max(ids.numel(), 1) == 0 if compiling else rows == self._current.tokens
+        if x.dim() != 2 or not whole or ids.numel() == 0:
+            raise ValueError(
+                f"adapter_ids: {tuple(ids.shape)} is no leading part of {tuple(x.shape[:-1])}"
+            )
+        return ids.reshape(-1, 1).expand(-1, rows // ids.numel()).reshape(-1)
+
+    def _gated_by_peft(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        names: list[str],
+        index: Mapping[str, int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One adapter after the other on every row, each kept only where its id stands."""
+        variant_kwargs = {key: kwargs.pop(key, None) for key in lora.layer.VARIANT_KWARG_KEYS}
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        on_rows = ids.view(ids.shape + (1,) * (x.dim() - ids.dim()))
+        for name in names:
+            lora_a = self.lora_A[name]
+            inputs = self._cast_input_dtype(x, lora_a.weight.dtype)
+            if name in self.lora_variant:
+                adapted = self.lora_variant[name].forward(
+                    self, active_adapter=name, x=inputs, result=result, **variant_kwargs, **kwargs
+                )
+            else:
+                delta = self.lora_B[name](lora_a(self.lora_dropout[name](inputs)))
+                adapted = result + delta * self.scaling[name]
+            result = torch.where(on_rows == index[name], adapted, result)
+        return result.to(dtype)
+
+
+BASES = frozenset({nn.Linear, Conv1D})
+_DROPOUTS = frozenset({nn.Dropout, nn.Identity})
+_PLAIN = frozenset({nn.Parameter, Tensor})
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """A tensor without a subclass of its own, such as a quantised or a sharded one."""
+    return type(tensor) in _PLAIN
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling ``module`` does nothing but its class's forward."""
+    d = module.__dict__
+    return not (
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
