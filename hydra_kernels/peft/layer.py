@@ -145,7 +145,7 @@ class FusedLinear(lora.Linear):
     def _gated_forward(
         self, x: Tensor, ids: Tensor, index: Mapping[str, int], *args: Any, **kwargs: Any
     ) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
+        if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names and hydra_kernels.peft.adapter_ids exclude each other")
         if self.merged_adapters:
             raise ValueError("adapter_ids: these adapters are merged, call unmerge_adapter first")
@@ -191,7 +191,7 @@ class FusedLinear(lora.Linear):
         **kwargs: Any,
     ) -> Tensor:
         """One adapter after the other on every row, each kept only where its id stands."""
-        variant_kwargs = {key: kwargs.pop(key, None) for key in lora.layer.VARIANT_KWARG_KEYS}
+        variant_kwargs = {key: kwargs.pop(key, None) for key in _VARIANT_KWARGS}
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         on_rows = ids.view(ids.shape + (1,) * (x.dim() - ids.dim()))
@@ -209,6 +209,8 @@ class FusedLinear(lora.Linear):
         return result.to(dtype)
 
 
+# PEFT 0.17 knows no arguments of variants.
+_VARIANT_KWARGS = getattr(lora.layer, "VARIANT_KWARG_KEYS", ())
 BASES = frozenset({nn.Linear, Conv1D})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _PLAIN = frozenset({nn.Parameter, Tensor})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +27,18 @@ class Report:
     Attributes:
         taken: Names of the layers that run fused.
         left: The reason for each layer that PEFT's own code runs, by name.
+
+    PEFT before 0.19 does not tell :func:`register` and :func:`fused_layers` a layer's name: there
+    it is "layer 1" for the first that was created.
     """
 
     taken: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def name_of(self, created_with: Mapping[str, Any]) -> str:
+        """The name that PEFT gave to the layer which it creates with these arguments."""
+        number = len(self.taken) + len(self.left) + 1
+        return str(created_with.get("target_name") or f"layer {number}")
 
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} LoRA layers fused, {len(self.left)} left to PEFT"]
@@ -106,7 +114,7 @@ class _Factory:
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> FusedLinear | None:
-        name = str(kwargs.get("target_name", ""))
+        name = self.report.name_of(kwargs)
         reason = None
         if parameter_name is not None:
             reason = f"its parameter {parameter_name} is the target"
@@ -163,7 +171,7 @@ def fused_layers() -> Iterator[Report]:
 
     def create_fused(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         module = create(lora_config, adapter_name, target, **kwargs)
-        name = str(kwargs.get("target_name", ""))
+        name = report.name_of(kwargs)
         reason = _reason_to_leave(module)
         if reason is None:
             module.__class__ = FusedLinear

@@ -150,6 +150,16 @@ def test_refusals_in_the_forward(ids):
         model(make_tokens())
 
 
+def test_adapter_names_and_ids_exclude_each_other():
+    model = make_fused()
+    layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+    x = torch.randn(2, layer.in_features)
+    with adapter_ids(model, 1):
+        torch.testing.assert_close(layer(x, adapter_names=None), layer(x))
+        with pytest.raises(ValueError, match="exclude each other"):
+            layer(x, adapter_names=["one", "two"])
+
+
 def test_adapters_added_later_have_ids():
     model = make_fused()
     with adapter_ids(model, 1):

@@ -1,24 +1,27 @@
 """Runs PEFT's own LoRA tests stock and with our layers put in, and compares what passes.
 
     python -m tests.peft_compat.run [--ways fuse register context] [--files test_mixed.py ...]
-                                    [-k EXPRESSION] [--workers 2]
+                                    [--every N] [--keep]
 
 The sdist of the installed PEFT is downloaded into build/peft-compat (it carries tests/, the wheel
-does not) and nothing of it enters this repository. Tests that need the hub fail in both runs: the
-network is off. The exit status is 1 when a test that passes stock does not pass with our layers.
+does not) and nothing of it enters this repository. Tests that need the hub fail in all runs: the
+network is off. Tests of other methods than LoRA are left out. Each file and way is a process of its
+own, whose outcomes are recorded there, so that ``--keep`` goes on where a run was ended. The exit
+status is 1 when a test that passes stock does not pass with our layers.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,74 +94,96 @@ def sources() -> Path:
     return WORK / name
 
 
-def run(tests: Path, way: str, options: argparse.Namespace) -> dict[str, str]:
-    """What became of each test: passed, failed, error or skipped."""
-    report, counts = WORK / f"{way}.xml", WORK / f"{way}-counts"
-    shutil.rmtree(counts, ignore_errors=True)
-    counts.mkdir(parents=True)
+@dataclass
+class Record:
+    """What became of one file's tests, one way in."""
+
+    outcomes: dict[str, str]  # passed, failed or skipped, by the test's name
+    forwards: dict[str, int]  # "fast", and the others by what they asked for
+    seconds: float
+
+
+def run(tests: Path, way: str, file: str, options: argparse.Namespace) -> Record:
+    folder = WORK / version("peft") / (f"every-{options.every}" if options.every > 1 else "whole")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{Path(file).stem}-{way}"
+    record, report, counts = (stem.with_suffix(end) for end in (".json", ".xml", ".counts"))
+    if options.keep and record.exists():
+        return Record(**json.loads(record.read_text()))
+    report.unlink(missing_ok=True)
+    counts.unlink(missing_ok=True)
     env = {
         **os.environ,
         "HYDRA_PEFT_WAY": way,
+        "HYDRA_PEFT_EVERY": str(options.every),
         "HYDRA_PEFT_COUNTS": str(counts),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(WORK / "path"), str(Path(__file__).parent), str(tests)]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "hydra_layers"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        "--timeout=300",
-        f"--junitxml={report}",
-    ]
-    command += ["-n", str(options.workers)] if options.workers > 1 else []
-    command += ["-k", options.k] if options.k else []
-    command += ["--rootdir", str(tests), "-c", os.devnull]
-    command += [str(tests / "tests" / name) for name in options.files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "hydra_layers", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "--timeout=600", f"--junitxml={report}"]
+    command += ["--tb=short", "--rootdir", str(tests), "-c", os.devnull]
+    command += [str(tests / "tests" / file)]
     start = time.monotonic()
-    with open(WORK / f"{way}.log", "w") as log:
+    with open(stem.with_suffix(".log"), "w") as log:
         subprocess.run(command, env=env, cwd=tests, stdout=log, stderr=subprocess.STDOUT)
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         found = {child.tag for child in case} & {"failure", "error", "skipped"}
         outcome = "failed" if found & {"failure", "error"} else "skipped" if found else "passed"
         outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
-    forwards: Counter = Counter()
-    for path in counts.iterdir():
-        forwards.update(json.loads(path.read_text()))
-    share = forwards["_fast_forward"] / max(forwards["forward"], 1)
-    print(
-        f"{way:9} {dict(sorted(Counter(outcomes.values()).items()))}, "
-        f"{forwards['forward']} forwards of our layers, {share:.0%} on the fast path, "
-        f"{time.monotonic() - start:.0f} s",
-        flush=True,
-    )
-    return outcomes
+    forwards = json.loads(counts.read_text()) if counts.exists() else {}
+    done = Record(outcomes, forwards, time.monotonic() - start)
+    record.write_text(json.dumps(dataclasses.asdict(done)))
+    return done
+
+
+def line(name: str, outcomes: Counter, forwards: Counter, seconds: float) -> str:
+    counted = ", ".join(f"{outcomes[each]} {each}" for each in ("passed", "failed", "skipped"))
+    text = f"{name:9} {counted}, {seconds:.0f} s"
+    total = sum(forwards.values())
+    if total:
+        rest = [f"{n} {why}" for why, n in forwards.most_common() if why != "fast"]
+        text += f"; {total} forwards of our layers, {forwards['fast'] / total:.0%} on the fast path"
+        text += f" ({', '.join(rest)})" if rest else ""
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", nargs="+", default=["fuse", "register", "context"])
     parser.add_argument("--files", nargs="+", default=list(FILES))
-    parser.add_argument("-k", default="")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="run each EVERY-th test only")
+    parser.add_argument("--keep", action="store_true", help="count what an earlier run recorded")
     options = parser.parse_args()
     tests = sources()
-    options.files = [name for name in options.files if (tests / "tests" / name).exists()]
-    stock = run(tests, "stock", options)
-    if not stock:
-        print(f"no test ran: see {WORK / 'stock.log'}")
-        return 1
+    outcomes: defaultdict[str, Counter] = defaultdict(Counter)
+    forwards: defaultdict[str, Counter] = defaultdict(Counter)
+    seconds: Counter = Counter()
     worse = 0
-    for way in options.ways:
-        ours = run(tests, way, options)
-        for name, outcome in stock.items():
-            if outcome == "passed" and ours.get(name) != "passed":
-                print(f"  {ours.get(name, 'missing')}: {name}")
-                worse += 1
-    return 1 if worse else 0
+    for file in options.files:
+        if not (tests / "tests" / file).exists():  # of another version of PEFT
+            continue
+        print(file)
+        stock: Record | None = None
+        for way in ["stock", *options.ways]:
+            got = run(tests, way, file, options)
+            stock = stock or got
+            found, ran = Counter(got.outcomes.values()), Counter(got.forwards)
+            print("  " + line(way, found, ran, got.seconds), flush=True)
+            for name, outcome in stock.outcomes.items():
+                if got.outcomes.get(name, "missing") != outcome:
+                    print(f"    {outcome} stock, {got.outcomes.get(name, 'missing')}: {name}")
+                    worse += outcome == "passed"
+            outcomes[way].update(found)
+            forwards[way].update(ran)
+            seconds[way] += got.seconds
+    print(f"peft {version('peft')}, transformers {version('transformers')}, all files")
+    for way, found in outcomes.items():
+        print("  " + line(way, found, forwards[way], seconds[way]))
+    return 1 if worse or not outcomes["stock"]["passed"] else 0
 
 
 if __name__ == "__main__":
