@@ -49,6 +49,12 @@ class FusedLinear(lora.Linear):
             return super().forward(x)
         return self._fast_forward(x, names, range(len(names)), None, dropout, len(names))
 
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT's own writes lora.Linear, which programs look for
+
+    def extra_repr(self) -> str:
+        return "fused"
+
     def _refuse_unknown_ids(self) -> None:
         if backward_pass() != NO_BACKWARD:
             raise RuntimeError(

@@ -91,6 +91,16 @@ def test_unfuse_gives_pefts_class_back():
     )
 
 
+def test_a_fused_layer_is_shown_as_pefts_and_as_fused():
+    model = make_model()
+    layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+    before = repr(layer).splitlines()
+    hydra_peft.fuse(model)
+    first, *rest = before
+    assert first == "lora.Linear("
+    assert repr(layer).splitlines() == [first, "  fused", *rest]
+
+
 def test_parameters_and_state_dict_survive():
     model = make_model(adapters=("one", "two"))
     parameters = dict(model.named_parameters())
