@@ -172,7 +172,7 @@ def _draw_panel(axis: Any, panel: Panel, found: list[tuple[Line, list[int], list
     axis.margins(x=0.02)
     if panel.limits is not None:
         axis.set_ylim(*panel.limits)
-    _dress(axis)
+    dress(axis)
     if len(found) > 1:
         axis.legend(frameon=False, fontsize=8, labelcolor=INK)
 
@@ -225,14 +225,14 @@ def draw_evaluation(evaluation: Any, path: Path) -> Path | None:
         axis.set_yticks(range(len(points)), [name for name, _ in points])
         axis.set_ylim(len(points) - 0.5, -0.5)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-        _dress(axis)
+        dress(axis)
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
     return path
 
 
-def _dress(axis: Any) -> None:
+def dress(axis: Any) -> None:
     axis.grid(True, color="#d9dfe4", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8, colors=INK, length=0)

@@ -6,6 +6,7 @@ Policies answer the same prompts, so a prompt is what is drawn: a comparison is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,19 +73,20 @@ def crossed_interval(
         lengths = [len(row) for row in values]
         raise ValueError(f"crossed_interval: expected runs of one length above 0, got {lengths}")
     array = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
     runs, prompts = array.shape
     # How often each row and column is drawn, rather than the drawn grids themselves.
-    row_counts = rng.multinomial(runs, np.full(runs, 1.0 / runs), resamples)
-    means = np.empty(resamples)
-    for done in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - done)
-        columns = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), count)
-        sums = row_counts[done : done + count] @ array
-        means[done : done + count] = (sums * columns).sum(1) / array.size
+    rows, columns = _counts(runs, resamples, seed, 0), _counts(prompts, resamples, seed, 1)
+    means = np.einsum("rp,rp->r", rows @ array, columns) / array.size
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return Estimate(float(array.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)  # a table's intervals are all of one shape
+def _counts(n: int, resamples: int, seed: int, axis: int) -> np.ndarray:
+    """(resamples, n): how often each of n is drawn when n are drawn with replacement."""
+    rng = np.random.default_rng((seed, axis))
+    return rng.multinomial(n, np.full(n, 1.0 / n), resamples).astype(np.float32)
 
 
 def wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -60,8 +60,8 @@ def test_crossed_interval_draws_runs_and_prompts():
     Of 2 runs at 0 and 1 a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4, so that
     95% of them reach from 0 to 1, however many prompts there are; and as much for 2 prompts.
     """
-    assert crossed_interval([[0.0] * 500, [1.0] * 500]) == Estimate(0.5, 0.0, 1.0)
-    assert crossed_interval([[0.0, 1.0]] * 500) == Estimate(0.5, 0.0, 1.0)
+    assert crossed_interval([[0.0] * 50, [1.0] * 50]) == Estimate(0.5, 0.0, 1.0)
+    assert crossed_interval([[0.0, 1.0]] * 50) == Estimate(0.5, 0.0, 1.0)
     assert crossed_interval([[0.25] * 3] * 4) == Estimate(0.25, 0.25, 0.25)
 
 
