@@ -47,7 +47,7 @@ from hydra_rlhf.methods import MethodModels, build_method
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import sampling_of
-from hydra_rlhf.sft import SFTConfig
+from hydra_rlhf.sft_config import REWARD_OBJECTIVES, SFTConfig
 
 START, REWARD_MODEL = "Start", "Reward model"
 SURGERY = "value gradient projected"
@@ -279,13 +279,13 @@ class Study:
         figures = {"seconds": _steps(stamps), "samples_a_step": config.batch_size}
         figures["static_bytes"] = static_bytes([model])
         figures |= {name: result.final[name] for name in ("sft_loss",) if name in result.final}
-        if config.objective in sft.REWARD_OBJECTIVES:
+        if config.objective in REWARD_OBJECTIVES:
             figures |= {k: result.final[k] for k in ("accuracy", "calibration") if result.final}
         if config.objective == "dpo":
             return model, "actor", figures
         if config.lora_r:
             model = sft.merge_adapter(model)
-        if config.objective not in sft.REWARD_OBJECTIVES:
+        if config.objective not in REWARD_OBJECTIVES:
             model = HydraModel(model.causal_lm)
         if not max_steps:
             self._keep(model, self.path(arm.name, seed))

@@ -28,7 +28,7 @@ from hydra_rlhf.model import HydraModel
 from hydra_rlhf.records import Tracker, check_run_dir, open_run_dir
 from hydra_rlhf.rollout import Sampling, sampling_of
 from hydra_rlhf.settings import setting
-from hydra_rlhf.sft import SFTConfig
+from hydra_rlhf.sft_config import SFTConfig
 
 SHOWN_PROMPTS = 5
 

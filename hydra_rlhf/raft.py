@@ -24,10 +24,11 @@ from hydra_rlhf.pairs import EncodedPair, encode_prompts
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.schedule import PromptBatches
+from hydra_rlhf.sft_config import TITLES, SFTConfig
 
 
 def train(
-    config: sft.SFTConfig,
+    config: SFTConfig,
     model: HydraModel,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -71,7 +72,7 @@ def train(
     order = PromptBatches(len(prompts), config.batch_size, config.seed)
     started = time.perf_counter()
     tokens = 0
-    with tracker.progress(sft.TITLES["raft"], steps) as bar:
+    with tracker.progress(TITLES["raft"], steps) as bar:
         for step in range(1, steps + 1):
             chosen = [encoded[i] for i in next(order)]
             ids, mask = rollouts.pad_left(

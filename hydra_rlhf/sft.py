@@ -15,16 +15,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 import hydra_kernels.peft
-from hydra_rlhf import objectives
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pair_loss import PAIR_FIGURES, PairLoss, calibration_error
 from hydra_rlhf.pairs import (
     EncodedPair,
     PairBatch,
@@ -35,118 +35,7 @@ from hydra_rlhf.pairs import (
     mix,
 )
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.settings import setting
-
-CALIBRATION_BINS = 10
-REWARD_OBJECTIVES = ("hydra", "rm")
-LIKELIHOOD_OBJECTIVES = ("dpo", "rrhf", "pro")
-TEXT_OBJECTIVES = ("hydra", "sft", *LIKELIHOOD_OBJECTIVES)
-PAIR_FIGURES = {
-    "rm": "rm_loss",
-    "rank": "rank_loss",
-    "correct": "accuracy",
-    "reward_margin": "reward_margin",
-}
-TITLES = {
-    "hydra": "Hydra-SFT",
-    "sft": "SFT",
-    "rm": "Reward model",
-    "dpo": "DPO",
-    "rrhf": "RRHF",
-    "pro": "PRO",
-    "raft": "RAFT",
-}
-
-
-@dataclass
-class SFTConfig:
-    """How Hydra-SFT trains."""
-
-    _argument_group_name = "training"
-
-    objective: Literal["hydra", "sft", "rm", "dpo", "rrhf", "pro", "raft"] = setting(
-        "hydra",
-        "hydra: both heads; sft: the causal head alone; rm: the reward head's loss alone; dpo, "
-        "rrhf, pro: rankings of the pairs by their likelihood; raft: imitates the best of its own "
-        "answers to the prompts. dpo and raft need --lora-r",
-    )
-    gamma: float = setting(0.1, "weight of the reward loss in the hydra objective")
-    rm_loss: Literal["last", "diverged"] = setting(
-        "last",
-        "reward difference at the last token, or averaged over the tokens after the two differ",
-    )
-    beta: float = setting(
-        0.1, "dpo: the pull towards the reference; pro: weight of the cross-entropy beside it"
-    )
-    center_rewards: float = setting(0.0, "weight of (r_w + r_l)^2, which keeps rewards around 0")
-    use_margins: bool = setting(True, "subtract the pair's margin, where the data has one")
-    mix: float | None = setting(
-        None,
-        "share of what is trained on that is --sft-data, in [0, 1): it is drawn from or repeated "
-        "as that takes; each set once when not set",
-    )
-    learning_rate: float = setting(2e-5, "peak learning rate")
-    head_learning_rate: float | None = setting(
-        None, "peak learning rate of the reward head; that of the rest when not set"
-    )
-    weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "after warm-up")
-    warmup_ratio: float = setting(0.05, "share of the steps that warm up from 0")
-    max_grad_norm: float = setting(1.0, "gradient clipping; 0 for none")
-    epochs: float = setting(1.0, "passes over the pairs")
-    max_steps: int | None = setting(None, "stop after this many steps; overrides --epochs")
-    batch_size: int = setting(32, "pairs per optimizer step, over all processes")
-    micro_batch_size: int | None = setting(
-        None, "pairs per forward on a process; the whole share of the batch when not set"
-    )
-    max_length: int | None = setting(
-        None, "tokens of prompt and response; the model's context when not set"
-    )
-    group_by_length: bool = setting(True, "batch pairs of about the same length")
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
-    lora_r: int = setting(0, "train LoRA of this rank, merged at the end; 0 trains all weights")
-    lora_alpha: float | None = setting(None, "LoRA alpha; twice the rank when not set")
-    lora_dropout: float = setting(0.0, "dropout in front of LoRA")
-    eval_every: int = setting(0, "evaluate each n steps; 0 only at the end")
-    eval_batch_size: int = setting(64, "pairs per forward in evaluation")
-    num_samples: int = setting(8, "raft: answers a prompt, of which the best is imitated")
-    response_length: int = setting(64, "raft: most tokens in an answer")
-    temperature: float = setting(1.0, "raft: of sampling")
-    seed: int = setting(0, "seed of the order of the data, of new weights and of dropout")
-
-    def __post_init__(self) -> None:
-        for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r", "beta"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in (
-            "learning_rate",
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "num_samples",
-            "response_length",
-            "temperature",
-        ):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "micro_batch_size", "max_length", "head_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be above 0, got {value}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.mix is not None and not 0 <= self.mix < 1:
-            raise UserError(f"mix must be in [0, 1), got {self.mix}")
-        if self.objective in ("dpo", "raft") and not self.lora_r:
-            role = "reference" if self.objective == "dpo" else "reward model"
-            raise UserError(
-                f"objective {self.objective} needs lora_r: its {role} is the adapter off"
-            )
-
-    @property
-    def sft_weight(self) -> float:
-        """Weight of the chosen responses' cross-entropy in the objective."""
-        return {"sft": 1.0, "hydra": 1.0, "rrhf": 1.0, "pro": self.beta}.get(self.objective, 0.0)
+from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 
 
 @dataclass
@@ -155,97 +44,6 @@ class SFTResult:
     tokens: int  # of all rows that were trained on, padding not counted
     seconds: float
     final: dict[str, float]  # evaluation at the end: on eval_pairs, or empty without
-
-
-class PairLoss(nn.Module):
-    """The objective as a module, so that accelerate can wrap it for any number of processes.
-
-    ``forward`` returns sums, not means: ``train`` divides them by the counts of the whole batch.
-    """
-
-    def __init__(self, model: HydraModel, config: SFTConfig, role: str | None):
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.role = role
-
-    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
-        """0-d float32 sums: ``sft`` over tokens and the rest over pairs.
-
-        ``difference``, (B,) r_w - r_l, is there where the reward head is trained.
-        """
-        config, model = self.config, self.model
-        hidden = model.hidden(batch.input_ids, batch.attention_mask, role=self.role)
-        sums: dict[str, Tensor] = {}
-        if config.objective in REWARD_OBJECTIVES:
-            rewards = model.reward_head(hidden.float()).squeeze(-1)  # (rows, L)
-            sums.update(reward_losses(rewards, batch, config))
-        if config.objective in TEXT_OBJECTIVES:
-            rows = hidden.flatten(0, 1).index_select(0, batch.positions)  # (M, D)
-            reference = self._reference(batch) if config.objective == "dpo" else None
-            out = model.lm_head.logprob(rows, batch.targets, ref_hidden=reference)
-            is_chosen = batch.owners < batch.num_chosen
-            sums["sft"] = -torch.where(is_chosen, out.logprobs, 0.0).sum()
-            if config.objective in LIKELIHOOD_OBJECTIVES:
-                sums.update(likelihood_losses(out.logprobs, out.ref_logprobs, batch, config))
-        return sums
-
-    @torch.no_grad()
-    def _reference(self, batch: PairBatch) -> Tensor:
-        """(M, D) of the same decoder with the adapter off."""
-        hidden = self.model.hidden(batch.input_ids, batch.attention_mask)
-        return hidden.flatten(0, 1).index_select(0, batch.positions)
-
-
-def reward_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[str, Tensor]:
-    """The reward head's loss and figures.
-
-    Args:
-        rewards: (rows, L) the reward head at every position.
-
-    Returns:
-        ``rm``, ``center``, ``correct``, ``reward_margin``: 0-d float32 sums over pairs;
-        ``difference``: (B,) r_w - r_l at the last tokens.
-    """
-    at_last = rewards.gather(1, batch.last[:, None]).squeeze(1)  # (rows,)
-    chosen, rejected = batch.split(at_last)
-    margin = batch.margin if config.use_margins else torch.zeros_like(batch.margin)
-    if config.rm_loss == "last":
-        loss = objectives.reward_last(chosen, rejected, margin)
-    else:
-        loss = objectives.reward_diverged(rewards, batch, margin)
-    return {
-        "rm": loss,
-        "center": (chosen + rejected).square().sum(),
-        "correct": (chosen > rejected).float().sum(),
-        "reward_margin": (chosen - rejected).sum(),
-        "difference": chosen - rejected,
-    }
-
-
-def likelihood_losses(
-    logprobs: Tensor, ref_logprobs: Tensor | None, batch: PairBatch, config: SFTConfig
-) -> dict[str, Tensor]:
-    """The loss of an objective that compares how likely the responses are, and its figures.
-
-    Args:
-        logprobs: (M,) of both responses' tokens.
-        ref_logprobs: (M,) under the reference; for dpo.
-    """
-    if config.objective == "dpo":
-        assert ref_logprobs is not None
-        chosen, rejected = batch.split(objectives.per_row(logprobs - ref_logprobs, batch))
-        loss = objectives.dpo(chosen, rejected, beta=config.beta)
-    else:
-        means = objectives.per_row(logprobs, batch) / objectives.token_counts(batch)
-        chosen, rejected = batch.split(means)
-        one = objectives.rrhf if config.objective == "rrhf" else objectives.pro
-        loss = one(chosen, rejected)
-    return {
-        "rank": loss,
-        "correct": (chosen > rejected).float().sum(),
-        "reward_margin": (chosen - rejected).detach().sum(),
-    }
 
 
 class Trainer:
@@ -430,23 +228,6 @@ def merge_adapter(model: HydraModel) -> HydraModel:
     hydra_kernels.peft.unfuse(model.base)
     merged = model.base.merge_and_unload(adapter_names=["actor"])  # type: ignore[operator]
     return HydraModel(merged, reward_head=model.reward_head)
-
-
-def calibration_error(differences: Tensor, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error of a reward model's rankings.
-
-    A pair is ranked right with the stated probability ``sigmoid(|d|)``, in [0.5, 1]. Over equal
-    bins of it: sum of (share of the pairs) * |mean stated - share ranked right|. Guo et al. 2017,
-    arXiv:1706.04599, eq. 5.
-
-    Args:
-        differences: (n,) ``r_w - r_l``.
-    """
-    stated = torch.sigmoid(differences.double().abs())
-    right = (differences > 0).double()
-    which = ((stated - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, which, stated - right)
-    return (gaps.abs().sum() / len(differences)).item()
 
 
 def _combine(config: SFTConfig, sums: dict[str, Tensor], num_tokens: int, num_pairs: int) -> Tensor:

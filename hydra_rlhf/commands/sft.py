@@ -15,7 +15,8 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel, default_lora_config
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.settings import required, setting
-from hydra_rlhf.sft import SFTConfig, SFTResult
+from hydra_rlhf.sft import SFTResult
+from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 
 
 @dataclass
@@ -47,7 +48,7 @@ class SFTInput:
             raise UserError(f"eval_share must be in [0, 1), got {self.eval_share}")
 
 
-ALIGNING = (*sft.LIKELIHOOD_OBJECTIVES, "raft")
+ALIGNING = (*LIKELIHOOD_OBJECTIVES, "raft")
 ARGUMENTS = (SFTInput, SFTConfig, OutputConfig)
 
 
@@ -117,7 +118,7 @@ def save(
         return run_dir / "actor"
     if config.lora_r:
         model = sft.merge_adapter(model)
-    if config.objective not in sft.REWARD_OBJECTIVES:
+    if config.objective not in REWARD_OBJECTIVES:
         model = HydraModel(model.causal_lm)
     model.save_pretrained(run_dir / "model")
     tokenizer.save_pretrained(run_dir / "model")
@@ -172,11 +173,11 @@ def readme(given: SFTInput, config: SFTConfig, result: SFTResult, saved: Path) -
             f'model = AutoModelForCausalLM.from_pretrained("{saved}")'
         )
         after = f"Next: `hydra-rlhf ppo --sft-model-path {saved.parent}`."
-        if config.objective not in sft.REWARD_OBJECTIVES:
+        if config.objective not in REWARD_OBJECTIVES:
             after += " There is no reward head: give it --reward-model-path or --reward-fn."
     return "\n".join(
         [
-            f"# {sft.TITLES[config.objective]} on {sources}",
+            f"# {TITLES[config.objective]} on {sources}",
             "",
             f"From `{given.model}`: {result.steps} steps, {result.tokens} tokens, "
             f"{result.seconds:.0f} s.",

@@ -9,7 +9,7 @@ from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.records import Tracker, open_run_dir, read_metrics
-from hydra_rlhf.sft import SFTConfig
+from hydra_rlhf.sft_config import SFTConfig
 from tests.rlhf.test_sft import Words, tiny_model
 
 CONFIG = SFTConfig(

@@ -12,9 +12,11 @@ from hydra_rlhf.data import Preference
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pair_loss import PairLoss, calibration_error, reward_losses
 from hydra_rlhf.pairs import EncodedPair, batches, collate, encode_pairs, mix
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.sft import PairLoss, SFTConfig, calibration_error, merge_adapter, reward_losses
+from hydra_rlhf.sft import merge_adapter
+from hydra_rlhf.sft_config import SFTConfig
 
 SHORT = EncodedPair([5, 6], [7, 8, 2], [7, 9, 10, 2], None)
 LONG = EncodedPair([5, 6, 11, 12], [13, 2], [14, 15, 2], 0.5)

@@ -8,9 +8,10 @@ import torch
 from hydra_rlhf import objectives, sft
 from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.pair_loss import PairLoss
 from hydra_rlhf.pairs import collate
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.sft import PairLoss, SFTConfig
+from hydra_rlhf.sft_config import SFTConfig
 from tests.rlhf.test_sft import LONG, SHORT, Words, pairs, tiny_model
 
 
