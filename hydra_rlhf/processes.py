@@ -14,13 +14,14 @@ so is the halving; what is trained is whole everywhere and its gradients are sum
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hydra_rlhf import sharding
 from hydra_rlhf.errors import UserError
@@ -48,6 +49,10 @@ class Processes:
         self.count = accelerator.num_processes
 
     @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
     def is_main(self) -> bool:
         return self.index == 0
 
@@ -73,7 +78,7 @@ class Processes:
         """Whether it is True anywhere; the same answer everywhere."""
         if self.count == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self._accelerator.device)) > 0)
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     @property
     def can_repeat(self) -> bool:
@@ -129,6 +134,30 @@ class Processes:
             parts = flat.split([gradient.numel() for gradient in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def reduce_and_clip(self, parameters: Sequence[Tensor], limit: float) -> Tensor:
+        """Means of the gradients over the processes, clipped to a norm; the norm before.
+
+        Those of sharded parameters come as parts of the means.
+
+        Args:
+            parameters: Trained.
+            limit: Of the norm of all gradients together; 0 for none.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = [g for g in gradients if not isinstance(g, DTensor)]
+        parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+        for gradient in whole:
+            gradient.div_(self.count)
+        self.sum_gradients(p for p in parameters if not isinstance(p.grad, DTensor))
+        squares = self.sum(torch.nn.utils.get_total_norm(parts).to(self.device) ** 2)
+        norm = (squares + torch.nn.utils.get_total_norm(whole).to(self.device) ** 2).sqrt()
+        if limit:
+            share = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in (*whole, *parts):
+                gradient.mul_(share.to(gradient.device))
+        return norm
 
     @torch.no_grad()
     def broadcast(self, parameters: Iterable[Tensor]) -> None:

@@ -80,7 +80,8 @@ def train(
                 sampling.pad_id,
                 accelerator.device,
             )
-            rollout = rollouts.generate(model, ids, mask, sampling)
+            with trainer.processes.gathered(model):
+                rollout = rollouts.generate(model, ids, mask, sampling)
             scores = score(model, rollout).view(-1, num_samples)  # (prompts, K)
             best = scores.argmax(1)
             answers = response_ids(rollout)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import hydra_kernels.peft
 from hydra_rlhf.errors import UserError
@@ -34,6 +35,7 @@ from hydra_rlhf.pairs import (
     encode_pairs,
     mix,
 )
+from hydra_rlhf.processes import Processes
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 
@@ -69,12 +71,21 @@ class Trainer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.accelerator = accelerator
         self.role = "actor" if model.adapters else None
+        self.processes = Processes(accelerator)
         torch.manual_seed(config.seed)
-        module: nn.Module = PairLoss(model, config, self.role)
+        self.module: nn.Module = PairLoss(model, config, self.role)
+        _choose_trained(config, model)
+        if self.processes.sharding is None:
+            model.to(accelerator.device)
+        else:
+            self.processes.sharding.shard(model, trained=True)
+            whole = (p for p in model.parameters() if not isinstance(p, DTensor))
+            self.processes.broadcast(p for p in whole if p.requires_grad)
         optimizer = _optimizer(config, model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, steps))
-        model.to(accelerator.device)
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.optimizer: Any = optimizer
+        if self.processes.sharding is None:
+            self.module, self.optimizer = accelerator.prepare(self.module, optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.module.train()
         if config.gradient_checkpointing:
@@ -94,7 +105,8 @@ class Trainer:
         for index, piece in enumerate(pieces):
             collated = _collate(config, self.tokenizer, piece).to(accelerator.device)
             last = index == len(pieces) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+            sharded = self.processes.sharding is not None
+            with contextlib.nullcontext() if last or sharded else accelerator.no_sync(self.module):
                 sums = self.module(collated)
                 sums.pop("difference", None)
                 loss = _combine(config, sums, num_tokens, num_pairs)
@@ -104,9 +116,7 @@ class Trainer:
                 accelerator.backward(loss * world)
             for name, value in sums.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-        norm = None
-        if config.max_grad_norm:
-            norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if world > 1:
@@ -125,6 +135,13 @@ class Trainer:
         if config.objective != "sft":
             passed += sum(len(p.prompt) + len(p.rejected) for p in batch if p.rejected)
         return figures, passed
+
+    def _clip(self) -> Tensor | None:
+        """The gradient's norm before clipping; None without."""
+        limit = self.config.max_grad_norm
+        if self.processes.sharding is None:
+            return self.accelerator.clip_grad_norm_(self.parameters, limit) if limit else None
+        return self.processes.reduce_and_clip(self.parameters, limit)
 
 
 def train(
@@ -296,22 +313,27 @@ def _plan_batches(config: SFTConfig, pairs: list[EncodedPair]) -> list[list[Enco
     return plan[:steps]
 
 
-def _optimizer(config: SFTConfig, model: HydraModel) -> torch.optim.Optimizer:
-    head = model.reward_head.weight
-    body = []
-    if model.adapters:
-        body = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
-    else:
+def _choose_trained(config: SFTConfig, model: HydraModel) -> None:
+    """Sets ``requires_grad``: of the reward head where it has a loss, and of all without LoRA."""
+    if not model.adapters:
         for parameter in model.causal_lm.parameters():
             parameter.requires_grad_(True)
-        body = [p for p in model.causal_lm.parameters()]
-    head.requires_grad_(config.objective in REWARD_OBJECTIVES)
+    model.reward_head.weight.requires_grad_(config.objective in REWARD_OBJECTIVES)
     # Not trained here, and DDP waits for whatever asks for a gradient.
     model.value_head.requires_grad_(False)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in body if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+
+
+def _optimizer(config: SFTConfig, model: HydraModel) -> torch.optim.Optimizer:
+    head = model.reward_head.weight
+    body = list(model.causal_lm.parameters())
+    if model.adapters:
+        body = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for matrix, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+        mine = [p for p in body if (p.ndim > 1) == matrix]
+        for split in (True, False):  # one call of torch's fused step takes one kind of tensor
+            params = [p for p in mine if isinstance(p, DTensor) == split]
+            groups.append({"params": params, "weight_decay": weight_decay})
     if config.objective in REWARD_OBJECTIVES:
         rate = config.head_learning_rate or config.learning_rate
         groups.append({"params": [head], "weight_decay": config.weight_decay, "lr": rate})

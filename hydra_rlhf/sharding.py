@@ -81,14 +81,22 @@ class Sharding:
         self._gathers: Any = _Gathers()  # torch's AllGather, which it does not export
         self._ran: dict[Any, None] = {}  # roots; the others have nothing to be reset
 
-    def shard(self, model: HydraModel) -> None:
+    def shard(self, model: HydraModel, *, trained: bool = False) -> None:
         """Splits what is frozen in ``model``'s blocks and moves the rest to the device.
 
         A block at a time, so that no more than one is ever whole on the device.
+
+        Args:
+            model: Changed in place.
+            trained: Splits what is trained there too, except adapters; its gradients are then means
+                over the processes, and split.
         """
-        blocks = trunks.blocks(model.trunk)
-        for block in blocks:
-            whole = {p for n, p in block.named_parameters() if p.requires_grad or "lora_" in n}
+        for block in trunks.blocks(model.trunk):
+            whole = {
+                p
+                for n, p in block.named_parameters()
+                if "lora_" in n or (p.requires_grad and not trained)
+            }
             if len(whole) < len(list(block.parameters())):
                 unit = fully_shard(block, ignored_params=whole, **self._settings)
                 if self.can_recover:

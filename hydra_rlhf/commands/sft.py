@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_rlhf import data, evaluate, raft, sft
+import torch
+from accelerate import Accelerator
+
+from hydra_rlhf import data, evaluate, raft, sft, sharding
 from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
 from hydra_rlhf.commands.ppo import loading_code
 from hydra_rlhf.data import Preference
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel, default_lora_config
 from hydra_rlhf.records import Tracker
+from hydra_rlhf.schedule import seed_everything
 from hydra_rlhf.settings import required, setting
 from hydra_rlhf.sft import SFTResult
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
@@ -59,11 +63,8 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
     pairs, held_out = _pairs(given, config, tokenizer)
     demonstrations = data.load_sft(given.sft_data, tokenizer=tokenizer) if given.sft_data else []
     accelerator = sft.make_accelerator(output.device, given.mixed_precision)
-    model = HydraModel.from_pretrained(
-        given.model,
-        dtype=None if given.dtype == "auto" else given.dtype,
-        trust_remote_code=given.trust_remote_code,
-    )
+    seed_everything(config.seed)  # new adapters are drawn before training
+    model = _load(given)
     sft.check_data(config, model, tokenizer, pairs, held_out, demonstrations)
     if config.objective == "raft" and not bool(model.reward_head.weight.any()):
         raise UserError(f"objective raft needs a reward head beside {given.model}")
@@ -93,8 +94,8 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
                 demonstrations=demonstrations,
                 accelerator=accelerator,
             )
+        saved = save(config, model, tokenizer, run_dir, given, accelerator)
         if accelerator.is_main_process:
-            saved = save(config, model, tokenizer, run_dir, given.model)
             tracker.plot()
             tracker.report()
             tracker.write_text("README.md", readme(given, config, result, saved))
@@ -105,24 +106,58 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
 
 
 def save(
-    config: SFTConfig, model: HydraModel, tokenizer: Any, run_dir: Path, base_model: str
+    config: SFTConfig,
+    model: HydraModel,
+    tokenizer: Any,
+    run_dir: Path,
+    given: SFTInput,
+    accelerator: Accelerator,
 ) -> Path:
     """Writes what was trained: a checkpoint, or, of an aligned policy, the adapter alone.
 
     dpo, rrhf, pro and raft align a policy as PPO does: with LoRA the result is an adapter for the
     model it started from. The other objectives make a model to start from, so LoRA is merged. A
     reward head that was not trained with the weights says nothing about them and is left out.
+
+    Called by every process, because each may hold a part of the weights; the first one writes.
     """
+    is_main, split = accelerator.is_main_process, sharding.is_asked_for(accelerator)
     if config.lora_r and config.objective in ALIGNING:
-        model.save_adapters(run_dir, base_model=base_model)
+        if is_main:
+            model.save_adapters(run_dir, base_model=given.model)
         return run_dir / "actor"
-    if config.lora_r:
-        model = sft.merge_adapter(model)
-    if config.objective not in REWARD_OBJECTIVES:
-        model = HydraModel(model.causal_lm)
-    model.save_pretrained(run_dir / "model")
-    tokenizer.save_pretrained(run_dir / "model")
-    return run_dir / "model"
+    folder = run_dir / "model"
+    if config.lora_r and is_main:
+        model = sft.merge_adapter(_whole(config, model, given) if split else model)
+    if is_main or (split and not config.lora_r):
+        if config.objective not in REWARD_OBJECTIVES:
+            model = HydraModel(model.causal_lm)
+        model.save_pretrained(folder)
+    if is_main:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _whole(config: SFTConfig, model: HydraModel, given: SFTInput) -> HydraModel:
+    """The trained adapter and reward head on the model that training started from, read again.
+
+    LoRA left its weights as they were, and here each process has but a part of them.
+    """
+    other = add_lora(_load(given), config)
+    trained = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name or name.startswith("reward_head."):
+                parameter.copy_(trained[name])
+    return other
+
+
+def _load(given: SFTInput) -> HydraModel:
+    return HydraModel.from_pretrained(
+        given.model,
+        dtype=None if given.dtype == "auto" else given.dtype,
+        trust_remote_code=given.trust_remote_code,
+    )
 
 
 def add_lora(model: HydraModel, config: SFTConfig) -> HydraModel:

@@ -1,211 +1,37 @@
 """Two processes with half the batch each make the update of one with all of it."""
 
-import contextlib
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, patch_environment
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from hydra_rlhf import experience, ppo, update
 from hydra_rlhf import trunk as trunks
 from hydra_rlhf.checkpoint import CheckpointStore
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.experience import Sampler
 from hydra_rlhf.pretrained import load_causal_lm
 from hydra_rlhf.processes import Processes
-from hydra_rlhf.rollout import Sampling
 from hydra_rlhf.schedule import minibatches, sampling_seeds
-from hydra_rlhf.sharding import held_bytes
-from tests.rlhf.families import (
-    EOS,
-    PAD,
-    PROMPTS,
-    VOCAB,
-    batch,
-    make_lm,
-    make_model,
-    make_tokenizer,
+from tests.rlhf.families import batch, make_lm
+from tests.rlhf.test_ppo import plain_model
+from tests.rlhf.two_processes import (
+    OUT_OF_MEMORY,
+    RUNS,
+    SFT_RUNS,
+    SHARDED,
+    figures,
+    prepare_sft,
+    run,
+    run_sft,
+    sft_outcome,
 )
-from tests.rlhf.test_ppo import plain_model, settings, word_reward
-
-# What is summed over processes: whitening, moments, the adaptive coefficient, early stops, norms.
-RUNS = {
-    "hydra-ppo": dict(
-        kl_controller="adaptive",
-        kl_target=0.01,
-        kl_horizon=50.0,
-        use_score_scaling=True,
-        use_score_norm=True,
-        whiten_rewards=True,
-        max_grad_norm=0.05,
-        gradient_accumulation_steps=2,
-        critic_warmup_steps=1,
-        target_kl=0.5,
-        eval_steps=2,
-    ),
-    # Shared prefix and per-row adapter ids.
-    "j-hydra-ppo": dict(lora_last_k=1, batched_score="yes", kl_estimator="exact"),
-    "d-lora-ppo": dict(lora_last_k=1, rollout_logprobs="reuse"),
-}
-# With what is frozen split over the two. Sampling with and without the whole model, by both loops;
-# recomputed blocks; models that hold no adapters at all.
-SHARDED = {
-    "hydra-ppo": dict(gather_for_generation=False),
-    "j-hydra-ppo": {},
-    "d-lora-ppo": dict(gradient_checkpointing=True),
-    "lora-ppo": dict(gradient_checkpointing=True, use_reentrant=True, eval_steps=1),
-}
-WHOLE = 4  # sequences of a microbatch with one process
-
-
-def run(method, processes, folder=None, resume=False, **changes):
-    config = settings(
-        method=method,
-        per_device_train_batch_size=WHOLE // processes,
-        max_steps=2,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",  # the same for a run that is longer
-        save_steps=1,
-        **RUNS.get(method, {}),
-    )
-    for name, value in changes.items():
-        setattr(config, name, value)
-    result = ppo.train(
-        config,
-        plain_model(),
-        make_tokenizer(),
-        PROMPTS,
-        reward_fn=word_reward if method == "d-lora-ppo" else None,
-        eval_prompts=PROMPTS[:3],  # one process has two of them
-        run_dir=folder,
-        resume=resume,
-    )
-    names = [*result.models.actor_parameters(), *result.models.critic_parameters()]
-    return result, {f"{i:03d}": p.detach().contiguous() for i, p in enumerate(names)}
-
-
-def figures(metrics):
-    """Without what is of one process: its clock, its memory, and the padding it did not compute."""
-    of_one = ("time/", "memory/", "perf/", "reuse/")
-    return {k: v for k, v in metrics.items() if not k.startswith(of_one)}
-
-
-def worker(folder):
-    """What each of the two processes does: every run, and one that another process began."""
-    index = Accelerator(cpu=True).process_index
-
-    def keep(name, result, trained):
-        save_file(trained, f"{folder}/{name}-{index}.safetensors")
-        with open(f"{folder}/{name}-{index}.json", "w") as file:
-            json.dump([figures(m) for m in result.metrics], file)
-
-    for name in RUNS:
-        keep(name, *run(name, 2, f"{folder}/{name}"))
-    keep("resumed", *run("hydra-ppo", 2, f"{folder}/one", resume=True, max_steps=3))
-    tokens = {f"whole-{name}": t for name, t in tokens_of_uneven_lengths(index).items()}
-    with sharded():
-        held = {}
-        for name, changes in SHARDED.items():
-            result, trained = run(name, 2, f"{folder}/sharded-{name}", **changes)
-            keep(f"sharded-{name}", result, trained)
-            held[name] = [held_bytes(model.trunk) for model in result.models]
-        keep("sharded-resumed", *run("hydra-ppo", 2, f"{folder}/too", resume=True, max_steps=3))
-        tokens |= tokens_of_uneven_lengths(index)
-        save_file(tokens, f"{folder}/tokens-{index}.safetensors")
-        with memory_runs_out(index) as told:
-            keep("sharded-out-of-memory", *run("hydra-ppo", 2, **OUT_OF_MEMORY))
-        result.models.actor.save_pretrained(f"{folder}/gathered")
-        with open(f"{folder}/sharded-{index}.json", "w") as file:
-            json.dump({"held": held, "told": told}, file)
-
-
-def sharded():
-    """As ``accelerate launch --use_fsdp --fsdp_version 2``, whose launcher sets these."""
-    return patch_environment(accelerate_use_fsdp="true", fsdp_version="2")
-
-
-def tokens_of_uneven_lengths(index):
-    """Responses of both loops where one process's end at the first token and the other's do not."""
-    processes = Processes(Accelerator(cpu=True))
-    model = make_model("llama", trained=True)
-    if processes.sharding is not None:
-        processes.sharding.shard(model)
-    ids, mask, _ = batch()
-    stops = tuple(range(2, VOCAB)) if index == 0 else (EOS,)
-    sampling = Sampling(5, 0.8, stops, PAD)
-    out = {}
-    for engine in ("hydra", "transformers"):
-        config = settings(rollout_engine=engine, gather_for_generation=False)
-        torch.manual_seed(index)
-        sampler = Sampler(config, sampling, processes)
-        rollout = sampler(model, ids, mask, role="actor", with_logprobs=False, seeds=[5, 6, 7, 8])
-        out[engine] = rollout.query_responses.contiguous()
-    return out
-
-
-OUT_OF_MEMORY = dict(
-    max_steps=1, per_device_train_batch_size=4, local_rollout_forward_batch_size=4, eval_steps=0
-)
-
-
-@contextlib.contextmanager
-def memory_runs_out(index):
-    """In the first process while it scores, in the second within an update's forward and backward.
-
-    Yields the warnings, in order.
-    """
-    mlp = transformers.models.llama.modeling_llama.LlamaMLP
-    forward, told, armed = mlp.forward, [], {}
-
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    def failing(self, x):
-        out = forward(self, x)
-        armed["calls"] = armed.get("calls", 0) + 1
-        if armed["calls"] == armed.get("forward"):
-            fail()
-        if armed["calls"] == armed.get("backward"):
-            out.register_hook(fail)
-        return out
-
-    def arm(name, function, attempts):
-        def run(*args, **kwargs):
-            armed.clear()
-            if kwargs.get("most") is None and attempts:
-                armed.update(attempts.pop(0))
-            return function(*args, **kwargs)
-
-        return mock.patch(name, run)
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            told.append(record.getMessage())
-
-    handler = Keep(logging.WARNING)
-    logging.getLogger("hydra_rlhf").addHandler(handler)
-    # Calls of two blocks: the second pass's first block; the first block of a later microbatch.
-    scoring = [{"forward": 3}] if index == 0 else []
-    updates = [{"forward": 2}, {"backward": 5}] if index == 1 else []
-    with (
-        mock.patch.object(mlp, "forward", failing),
-        arm("hydra_rlhf.experience.score_by", experience.score_by, scoring),
-        arm("hydra_rlhf.update.update_minibatch", update.update_minibatch, updates),
-    ):
-        yield told
-    assert not scoring and not updates
-    logging.getLogger("hydra_rlhf").removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +39,12 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     run("hydra-ppo", 1, folder / "one")
     shutil.copytree(folder / "one", folder / "too")
+    prepare_sft(folder)
     done = subprocess.run(
         [
             # What accelerate launch starts for GPUs; on a CPU that itself would want an MPI.
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--standalone", "-m", "tests.rlhf.test_distributed", str(folder)),
+            *("--standalone", "-m", "tests.rlhf.two_processes", str(folder)),
         ],
         capture_output=True,
         text=True,
@@ -366,6 +193,21 @@ def test_a_sharded_model_is_saved_whole(two):
         assert torch.equal(saved[name], value), name
 
 
+@pytest.mark.parametrize("split", ["", "sharded-"], ids=["whole", "sharded"])
+@pytest.mark.parametrize("name", SFT_RUNS)
+def test_two_processes_make_the_sft_of_one(two, name, split, tmp_path):
+    metrics, weights = run_sft(name, two, tmp_path / "run")
+    found_metrics, found = sft_outcome(two / f"{split}sft-{name}")
+    assert len(metrics) == len(found_metrics) == 3
+    for ours, theirs in zip(found_metrics, metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in theirs.keys() - {"tokens_per_s", "time", "stage"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), key
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0.0, msg=key)
+
+
 def launched(kind):
     return SimpleNamespace(distributed_type=kind, num_processes=2, state=SimpleNamespace())
 
@@ -411,8 +253,3 @@ def test_every_process_loads_the_weights_itself(tmp_path, monkeypatch):
     load_causal_lm(tmp_path)
     assert seen == ["false"]
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    worker(sys.argv[1])
