@@ -381,6 +381,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen, plan, adapter_ids, seed, x, *tensors):
         ys, s = _forward(chosen, plan, adapter_ids, seed, x, tensors)
+        if x.dim() != 2:  # autograd refuses in-place changes of a function's outputs that are views
+            ys = tuple(y.detach() for y in ys)
         ctx.set_materialize_grads(False)
         p = len(plan.counts)
         ctx.save_for_backward(x, s, adapter_ids, seed, *tensors[:p], *tensors[2 * p :])
@@ -403,6 +405,12 @@ class _LoraLinear(torch.autograd.Function):
                 )
         else:
             dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
+        if any(dy is None for dy in dys):
+            unused = [
+                dy is None for dy, n in zip(dys, ctx.plan.counts, strict=True) for _ in range(n)
+            ]
+            for i, none in enumerate((*unused, *unused), start=2 * p):
+                grads[i] = None if none else grads[i]
         return (None, None, None, None, dx, *grads)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_kernels import lora_linear
+from hydra_kernels import Projection, lora_linear, lora_linear_group
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference import philox
 from tests.numerics import device_of
@@ -216,6 +216,40 @@ def test_one_dimensional_and_empty_inputs(backend, leading):
         torch.autograd.grad(y, (x, lora_a[0]), upstream),
         torch.autograd.grad(expected, (x, lora_a[0]), upstream),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leading", [(4,), (2, 2)], ids=str)
+def test_outputs_may_be_changed_in_place(backend, leading):
+    """As those of F.linear, which are no views; a residual may be added to them, say."""
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, scaling = make_layer(11, 7, (2,), device=device)
+    x = torch.randn(*leading, 7, device=device, requires_grad=True)
+    y = lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, backend=backend)
+    projections = [Projection(weight, lora_a, lora_b, scaling, bias)] * 2
+    first, second = lora_linear_group(x, projections, backend=backend)
+    expected = 2 * y.detach() + 1
+    merged = weight + scaling[0] * lora_b[0] @ lora_a[0]
+    for each in (y, first, second):
+        each.mul_(2).add_(1)
+        torch.testing.assert_close(each, expected)
+        (dx,) = torch.autograd.grad(each.sum(), x, retain_graph=True)
+        torch.testing.assert_close(dx, 2 * merged.sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_projection_that_nothing_reads_gets_no_gradient(backend):
+    device = device_of(backend)
+    layers = [make_layer(n, 7, (2, 3), device=device) for n in (11, 5)]
+    for _, _, lora_a, lora_b, _ in layers:
+        for t in (*lora_a, *lora_b):
+            t.requires_grad_()
+    x = torch.randn(4, 7, device=device)
+    ids = torch.tensor([0, 1, -1, 0], device=device)
+    projections = [Projection(w, a, b, scaling, bias) for w, bias, a, b, scaling in layers]
+    lora_linear_group(x, projections, adapter_ids=ids, backend=backend)[1].sum().backward()
+    assert all(t.grad is None for each in layers[0][2:4] for t in each)
+    assert all(t.grad.abs().sum() > 0 for each in layers[1][2:4] for t in each)
 
 
 def test_refusals():
