@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 from hydra_kernels.ops.lora_linear import check_ids
 from hydra_kernels.peft.current import Current, backward_pass
 from hydra_kernels.peft.layer import FusedLinear
+from hydra_kernels.peft.siblings import group_siblings
 
 
 class IdsOfModel:
@@ -44,6 +45,7 @@ class IdsOfModel:
                 + ", ".join(left)
                 + " (fuse(model) reports why)"
             )
+        group_siblings(model)
         # A module that checkpoints says so by this attribute, transformers' convention.
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.names = tuple(adapter_names(model))

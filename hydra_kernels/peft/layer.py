@@ -16,6 +16,9 @@ from hydra_kernels.peft.current import NO_BACKWARD, Current, backward_pass
 
 if TYPE_CHECKING:
     from hydra_kernels.peft.ids import IdsOfModel
+    from hydra_kernels.peft.siblings import Group
+
+Operands = tuple[Tensor, Tensor | None, list[Tensor], list[Tensor], list[float | Tensor]]
 
 
 class FusedLinear(lora.Linear):
@@ -30,6 +33,7 @@ class FusedLinear(lora.Linear):
     # Shadowed on the instance when the model is first given ids.
     _current = Current()
     _model: IdsOfModel | None = None
+    _group: Group | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         current = self._current
@@ -43,11 +47,11 @@ class FusedLinear(lora.Linear):
             return self._gated_forward(x, current.ids, index, *args, **kwargs)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        names = self._present(self.active_adapters)
-        dropout = self._fast_dropout(x, names)
+        names, owners = self.adapters(None)
+        dropout = self.fast_dropout(x, names)
         if not names or dropout is None or (dropout > 0.0 and len(names) > 1):
             return super().forward(x)
-        return self._fast_forward(x, names, range(len(names)), None, dropout, len(names))
+        return self._fast_forward(x, names, owners, None, None, dropout, len(names))
 
     def _get_name(self) -> str:
         return "Linear"  # PEFT's own writes lora.Linear, which programs look for
@@ -64,11 +68,29 @@ class FusedLinear(lora.Linear):
                 "adapter_ids"
             )
 
-    def _present(self, names: Any) -> list[str]:
+    def adapters(self, index: Mapping[str, int] | None) -> tuple[list[str], Sequence[int]]:
+        """The adapters that the layer has of those in ``index``, or active in PEFT; their ids."""
         lora_a = self._modules["lora_A"]._modules
-        return [name for name in names if name in lora_a]
+        if index is None:
+            names = [name for name in self.active_adapters if name in lora_a]
+            return names, range(len(names))
+        names = [name for name in index if name in lora_a]
+        return names, [index[name] for name in names]
 
-    def _fast_dropout(self, x: Tensor, names: list[str]) -> float | None:
+    def operands(self, names: list[str]) -> Operands:
+        """The weight (N, K), the bias, and each adapter's lora_a, lora_b and scaling."""
+        base = self._modules["base_layer"]
+        weight = base._parameters["weight"]
+        lora_a, lora_b = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        return (
+            weight.t() if type(base) is Conv1D else weight,
+            base._parameters["bias"],
+            [lora_a[name]._parameters["weight"] for name in names],
+            [lora_b[name]._parameters["weight"] for name in names],
+            [self.scaling[name] for name in names],
+        )
+
+    def fast_dropout(self, x: Tensor, names: list[str]) -> float | None:
         """The dropout probability of the adapters, or None where PEFT's code has to run."""
         base = self._modules["base_layer"]
         modules = self._modules
@@ -129,23 +151,21 @@ class FusedLinear(lora.Linear):
         names: list[str],
         owners: Sequence[int],
         ids: Tensor | None,
+        index: Mapping[str, int] | None,
         dropout: float,
         num_adapters: int,
     ) -> Tensor:
-        base = self._modules["base_layer"]
-        weight = base._parameters["weight"]
-        lora_a, lora_b = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        if (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self._group is not None
+            and dropout == 0.0  # PEFT drops other elements of x for each layer, a group the same
+        ):
+            y = self._group.forward(self, x, names, owners, ids, index, num_adapters)
+            if y is not None:
+                return y
         return gated_linear(
-            x,
-            weight.t() if type(base) is Conv1D else weight,
-            base._parameters["bias"],
-            [lora_a[name]._parameters["weight"] for name in names],
-            [lora_b[name]._parameters["weight"] for name in names],
-            [self.scaling[name] for name in names],
-            owners,
-            ids,
-            dropout,
-            num_adapters=num_adapters,
+            x, *self.operands(names), owners, ids, dropout, num_adapters=num_adapters
         )
 
     def _gated_forward(
@@ -157,17 +177,17 @@ class FusedLinear(lora.Linear):
             raise ValueError("adapter_ids: these adapters are merged, call unmerge_adapter first")
         if ids.device != x.device:
             ids = ids.to(x.device)
-        names = self._present(index)
+        names, owners = self.adapters(index)
         if ids.dim() > 0:
             ids = self._spread(ids, x)
-        dropout = None if args or kwargs else self._fast_dropout(x, names)
+        dropout = None if args or kwargs else self.fast_dropout(x, names)
         if dropout is not None:
             if not names:
                 return self.base_layer(x)
-            owners = [index[name] for name in names]
             everywhere = not torch.compiler.is_compiling() and index is self._current.only
+            on_rows = None if everywhere else ids
             return self._fast_forward(
-                x, names, owners, None if everywhere else ids, dropout, len(self._current.index)
+                x, names, owners, on_rows, index, dropout, len(self._current.index)
             )
         return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
 

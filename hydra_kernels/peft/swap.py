@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hydra_kernels.peft.ids import KeepingCheckpoint
 from hydra_kernels.peft.layer import BASES, FusedLinear, is_plain
+from hydra_kernels.peft.siblings import group_siblings
 
 _log = logging.getLogger("hydra_kernels")
 
@@ -64,6 +65,7 @@ def fuse(model: nn.Module) -> Report:
 
     Only the class of a layer changes, so parameters, optimizers that hold them, hooks, the state
     dict, ``copy.deepcopy`` and ``torch.save`` go on as before. Layers that are fused already stay.
+    Layers whose parent's forward calls them on the same input run as a group, see ``siblings.py``.
 
     Args:
         model: A ``PeftModel``, or any module with LoRA layers of PEFT inside.
@@ -82,6 +84,7 @@ def fuse(model: nn.Module) -> Report:
                 report.taken.append(name)
             else:
                 report.left[name] = reason
+    group_siblings(model)
     model.__dict__.pop("_hydra_model", None)
     _log.info("%s", report)
     return report
@@ -93,6 +96,7 @@ def unfuse(model: nn.Module) -> None:
         if type(module) is FusedLinear:
             module.__dict__.pop("_current", None)
             module.__dict__.pop("_model", None)
+            module.__dict__.pop("_group", None)
             module.__class__ = lora.Linear
         module.__dict__.pop("_hydra_model", None)
         run = module.__dict__.get("_gradient_checkpointing_func")
