@@ -6,7 +6,7 @@ CUDA: builds the extension for sm_80 and sm_90a, reads ptxas's report of each ke
 extension and, where there is no GPU, expects a CUDA entry to raise a clear error. Needs nvcc.
 
 Triton: compiles what each module below hydra_kernels.backends.triton names, for sm_80, sm_90 and
-sm_100. A module with kernels has a function
+sm_100. Each kernel is named by one, which has a function
 
     def aot_signatures():
         yield kernel, signature, constexprs, options
@@ -52,6 +52,7 @@ import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "compile-check"
@@ -289,41 +290,36 @@ class Job:
     arch: int
 
 
-def triton_modules() -> list[str]:
+def triton_modules() -> list[ModuleType]:
     from hydra_kernels.backends import triton as package
 
     names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-    found = []
-    for name in names:
-        module = importlib.import_module(name)
-        if hasattr(module, "aot_signatures"):
-            found.append(name)
-        elif kernels := own_kernels(module):
-            raise SystemExit(f"{name} has kernels ({', '.join(kernels)}) and no aot_signatures()")
-    return found
+    return [importlib.import_module(name) for name in names]
 
 
-def own_kernels(module) -> list[str]:
-    """Names of the @triton.jit kernels defined there; a device function has no store of its own."""
+def own_kernels(module: ModuleType) -> list:
+    """The @triton.jit kernels defined there; a device function has no store of its own."""
     from triton.runtime import JITFunction
 
-    functions = [f for f in vars(module).values() if isinstance(f, JITFunction)]
-    names = [f.fn.__name__ for f in functions if f.fn.__module__ == module.__name__]
-    return [name for name in names if name.endswith("_kernel")]
+    functions = [f.fn for f in vars(module).values() if isinstance(f, JITFunction)]
+    here = [f for f in functions if f.__module__ == module.__name__]
+    return [f for f in here if f.__name__.endswith("_kernel")]
 
 
 def triton_jobs(archs: tuple[int, ...], match: str) -> tuple[list[Job], list[Row]]:
     jobs, problems = [], []
-    for name in triton_modules():
-        module = importlib.import_module(name)
-        named = set()
-        for index, (kernel, _, _, options) in enumerate(module.aot_signatures()):
-            named.add(kernel.fn.__name__)
+    modules, named = triton_modules(), set()
+    for module in modules:
+        signatures = module.aot_signatures() if hasattr(module, "aot_signatures") else ()
+        for index, (kernel, _, _, options) in enumerate(signatures):
+            named.add(kernel.fn)
             if match in f"{kernel.fn.__name__} {options.get('label', '')}":
                 wanted = options.get("archs", TRITON_ARCHS)
-                jobs += [Job(name, index, arch) for arch in archs if arch in wanted]
-        for kernel in sorted(set(own_kernels(module)) - named):
-            problems.append(Row("triton", kernel, "", "", errors=["not in aot_signatures()"]))
+                jobs += [Job(module.__name__, index, arch) for arch in archs if arch in wanted]
+    for kernel in (k for module in modules for k in own_kernels(module)):
+        if kernel not in named:
+            errors = ["not in an aot_signatures()"]
+            problems.append(Row("triton", kernel.__name__, "", "", errors=errors))
     return jobs, problems
 
 

@@ -167,7 +167,7 @@ for row in rows + [compile_check.compile_triton(job) for job in jobs]:
     assert result.returncode == 0, result.stderr
     lines = [line.split(" | ") for line in result.stdout.splitlines()]
     errors = {name.strip(): rest for name, rest in lines}
-    assert errors["forgotten_fwd_kernel"] == "not in aot_signatures()"
+    assert errors["forgotten_fwd_kernel"] == "not in an aot_signatures()"
     assert errors["add_one_fwd_kernel good"] == ""
     assert errors["add_one_fwd_kernel narrow"] == "no wide loads"
     assert "neither signature nor constexprs has size" in errors["add_one_fwd_kernel incomplete"]

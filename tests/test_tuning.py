@@ -147,3 +147,47 @@ def test_every_choice_gives_the_same_answer(monkeypatch):
     for config in kernel.CONFIGS:
         monkeypatch.setattr(kernel, "CONFIGS", (config,))
         torch.testing.assert_close(ppo_loss(**inputs, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_every_choice_of_linear_logprob_gives_the_same_answer(monkeypatch, reference):
+    """700 columns of 96: several blocks of each size, a tail of both, and two chunks backward."""
+    pytest.importorskip("triton", reason="needs Triton, which exists for Linux on x86-64")
+    from hydra_kernels import linear_logprob
+    from hydra_kernels.backends.triton import linear_logprob as kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, ref = (torch.randn(70, 96, device=device).half() for _ in range(2))
+    weight = torch.randn(700, 96, device=device).half() / 10
+    targets = torch.randint(700, (70,), device=device)
+    hidden.requires_grad_()
+    monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", str(kernel.CHUNK_UNIT * 70 * 2 / 2**20))
+
+    def results(backend: str) -> tuple[torch.Tensor, ...]:
+        out = linear_logprob(
+            hidden, weight, targets, ref_hidden=ref if reference else None, backend=backend
+        )
+        parts = [out.logprobs, out.entropy] + ([out.kl] if reference else [])
+        (gradient,) = torch.autograd.grad(sum(p.sum() for p in parts), hidden)
+        return (*(p.detach() for p in parts), gradient)
+
+    chosen: list[str] = []
+    turns: list[int] = []
+
+    def choose(name, tensor, sizes, candidates, launch):
+        assert "M" not in sizes  # a row's result does not depend on the batch it sits in
+        assert all(kernel.CHUNK_UNIT % c["BLOCK_V"] == 0 for c in candidates)
+        chosen.append(name)
+        return candidates[min(turns[-1], len(candidates) - 1)]
+
+    monkeypatch.setattr(kernel.tuning, "choose", choose)
+    expected = results("reference")
+    for turn in range(len(kernel._candidates(2, reference, False, 9))):
+        turns.append(turn)
+        # the reference rounds its logits to half precision
+        torch.testing.assert_close(results("triton"), expected, rtol=5e-3, atol=2e-2)
+    assert {name.removeprefix("linear_logprob_") for name in chosen} == {
+        "fwd",
+        "dlogits",
+        "dhidden",
+    }

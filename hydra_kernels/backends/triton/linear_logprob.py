@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends import launch, registry, tuning
 from hydra_kernels.backends.triton import runtime
 from hydra_kernels.backends.triton.linear_logprob_kernels import (
     NUM_SUMS,
@@ -35,6 +35,9 @@ from hydra_kernels.backends.triton.linear_logprob_kernels import (
 # Ranges of the vocabulary: with 128 rows a program, 1024 rows are 256 programs.
 NUM_SPLITS = 32
 MERGE_ROWS = 128
+CHUNK_UNIT = (
+    256  # columns of dlogits: a multiple of every candidate's BLOCK_V, forward and backward
+)
 DEFAULT_BUDGET_MB = 256
 
 
@@ -47,6 +50,11 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def config(self, m: str, n: str, k: str) -> dict[str, int]:
+        """As a launch takes it, the blocks by the kernel's own names."""
+        sizes = {m: self.m, n: self.n, k: self.k}
+        return {**sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def _tiles(itemsize: int, has_ref: bool, has_softcap: bool, major: int) -> Tiles:
     """The largest blocks of logits whose kernels spill no register: scripts/compile_check.py."""
@@ -57,14 +65,54 @@ def _tiles(itemsize: int, has_ref: bool, has_softcap: bool, major: int) -> Tiles
     return Tiles(64 if has_softcap or major >= 10 else 128, 128, 64, 8, 3)
 
 
-def _dhidden_tiles(itemsize: int) -> Tiles:
-    return Tiles(64, 64, 32, 8, 2) if itemsize == 4 else Tiles(128, 128, 64, 8, 3)
+def _candidates(
+    itemsize: int, has_ref: bool, has_softcap: bool, major: int
+) -> list[dict[str, int]]:
+    """The tiles of ``_tiles``, and those to be timed against it where that is asked for."""
+    default = _tiles(itemsize, has_ref, has_softcap, major)
+    others: list[Tiles] = []
+    if itemsize == 2 and has_ref:
+        others = [Tiles(64, 128, 64, 8, 4), Tiles(64, 64, 64, 4, 4), Tiles(128, 64, 64, 8, 4)]
+    elif itemsize == 2:
+        others = [
+            Tiles(64, 128, 64, 4, 3),
+            Tiles(64, 128, 64, 8, 4),
+            Tiles(64, 256, 64, 8, 3),
+            Tiles(128, 64, 64, 4, 4),
+            Tiles(128, 128, 32, 8, 4),
+            Tiles(128, 128, 64, 8, 4),
+        ]
+    tiles = [default, *(tile for tile in others if tile != default)]
+    return [tile.config("BLOCK_M", "BLOCK_V", "BLOCK_D") for tile in tiles]
+
+
+def _dhidden_candidates(itemsize: int) -> list[dict[str, int]]:
+    tiles = [Tiles(64, 64, 32, 8, 2)] if itemsize == 4 else [Tiles(128, 128, 64, 8, 3)]
+    if itemsize == 2:
+        tiles += [Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 4, 4), Tiles(64, 256, 64, 8, 3)]
+    return [tile.config("BLOCK_M", "BLOCK_D", "BLOCK_V") for tile in tiles]
 
 
 @functools.cache
 def _major(device: torch.device) -> int:
     """The GPU's compute capability, before the point; Hopper's for the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _choose(
+    kernel: str,
+    hidden: Tensor,  # (M, D)
+    V: int,
+    has_ref: bool,
+    has_softcap: bool,
+    run: Callable[[tuning.Config], None],
+) -> tuning.Config:
+    """Not by M: a row's result is the same in every batch, so its blocks are."""
+    itemsize, major = hidden.element_size(), _major(hidden.device)
+    sizes = {"V": V, "D": hidden.shape[1], "itemsize": itemsize}
+    sizes |= {"reference": int(has_ref), "softcap": int(has_softcap)}
+    candidates = _candidates(itemsize, has_ref, has_softcap, major)
+    return tuning.choose(kernel, hidden, sizes, candidates, run)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -111,16 +159,18 @@ def fwd(
     ref_saved = hidden.new_empty(M, V) if save and has_ref else None
     if M == 0:
         return results, norms, saved, ref_saved
-    tiles = _tiles(hidden.element_size(), has_ref, softcap > 0.0, _major(hidden.device))
-    split_size = triton.cdiv(triton.cdiv(V, tiles.n), NUM_SPLITS) * tiles.n
-    num_splits = triton.cdiv(V, split_size)
-    sums = results.new_empty(num_splits, NUM_SUMS.value, M)
-    with launch.on_device(hidden):
-        linear_logprob_fwd_kernel[(triton.cdiv(M, tiles.m), num_splits)](
+    dense_bias = bias if bias is None else bias.contiguous()
+
+    def run(config: tuning.Config) -> None:
+        block_v = config["BLOCK_V"]
+        split_size = triton.cdiv(triton.cdiv(V, block_v), NUM_SPLITS) * block_v
+        num_splits = triton.cdiv(V, split_size)
+        sums = results.new_empty(num_splits, NUM_SUMS.value, M)
+        linear_logprob_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), num_splits)](
             hidden,
             ref_hidden,
             weight,
-            bias if bias is None else bias.contiguous(),
+            dense_bias,
             targets,
             temperature,
             sums,
@@ -137,13 +187,9 @@ def fwd(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap > 0.0,
             SAVE=save,
-            EVEN_D=D % tiles.k == 0,
+            EVEN_D=D % config["BLOCK_D"] == 0,
             PRECISION=_precision(hidden.dtype),
-            BLOCK_M=tiles.m,
-            BLOCK_V=tiles.n,
-            BLOCK_D=tiles.k,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **config,
         )
         linear_logprob_merge_kernel[(triton.cdiv(M, MERGE_ROWS),)](
             sums,
@@ -158,6 +204,9 @@ def fwd(
             BLOCK_M=MERGE_ROWS,
             num_warps=4,
         )
+
+    with launch.on_device(hidden):
+        run(_choose("linear_logprob_fwd", hidden, V, has_ref, softcap > 0.0, run))
     return results, norms, saved, ref_saved
 
 
@@ -182,8 +231,6 @@ def bwd(
     (M, D), V = hidden.shape, weight.shape[0]
     has_ref, itemsize = ref_hidden is not None, hidden.element_size()
     precision = _precision(hidden.dtype)
-    tiles = _tiles(itemsize, has_ref, softcap > 0.0, _major(hidden.device))
-    out_tiles = _dhidden_tiles(itemsize)
     dhidden = hidden.new_zeros(M, D, dtype=torch.float32) if wanted[0] else None
     dweight = weight.new_zeros(V, D) if wanted[1] else None
     dbias = norms.new_zeros(V) if wanted[2] else None
@@ -191,65 +238,78 @@ def bwd(
     if dweight is not None:
         # 0 times what an ignored row holds must be 0.
         rows = torch.where((targets != ignore_index).unsqueeze(-1), hidden, 0.0)
-    chunk = min(_chunk(M, itemsize, tiles.n), triton.cdiv(V, tiles.n) * tiles.n)
+    chunk = min(_chunk(M, itemsize), triton.cdiv(V, CHUNK_UNIT) * CHUNK_UNIT)
     dlogits = hidden.new_empty(M, chunk)
+    dense_bias = bias if bias is None else bias.contiguous()
+
+    def make_dlogits(config: tuning.Config, first: int = 0) -> None:
+        count = min(chunk, V - first)
+        blocks = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(count, config["BLOCK_V"]))
+        linear_logprob_dlogits_kernel[blocks](
+            hidden,
+            ref_hidden,
+            weight,
+            dense_bias,
+            targets,
+            temperature,
+            upstream,
+            entropy,
+            kl,
+            norms,
+            saved,
+            ref_saved,
+            dlogits,
+            M,
+            V,
+            D,
+            *_strides(ref_hidden, hidden, weight),
+            softcap,
+            ignore_index,
+            first,
+            chunk,
+            HAS_REF=has_ref,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap > 0.0,
+            SAVED=saved is not None,
+            EVEN_D=D % config["BLOCK_D"] == 0,
+            PRECISION=precision,
+            **config,
+        )
+
+    def add_to_dhidden(config: tuning.Config, first: int, out: Tensor) -> None:
+        blocks = (triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(M, config["BLOCK_M"]))
+        linear_logprob_dhidden_kernel[blocks](
+            dlogits,
+            weight,
+            out,
+            M,
+            V,
+            D,
+            *weight.stride(),
+            first,
+            chunk,
+            PRECISION=precision,
+            **config,
+        )
+
     for first in range(0, V, chunk) if M else ():
         count = min(chunk, V - first)
         with launch.on_device(hidden):
-            linear_logprob_dlogits_kernel[(triton.cdiv(M, tiles.m), triton.cdiv(count, tiles.n))](
-                hidden,
-                ref_hidden,
-                weight,
-                bias if bias is None else bias.contiguous(),
-                targets,
-                temperature,
-                upstream,
-                entropy,
-                kl,
-                norms,
-                saved,
-                ref_saved,
-                dlogits,
-                M,
-                V,
-                D,
-                *_strides(ref_hidden, hidden, weight),
-                softcap,
-                ignore_index,
-                first,
-                chunk,
-                HAS_REF=has_ref,
-                HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=softcap > 0.0,
-                SAVED=saved is not None,
-                EVEN_D=D % tiles.k == 0,
-                PRECISION=precision,
-                BLOCK_M=tiles.m,
-                BLOCK_V=tiles.n,
-                BLOCK_D=tiles.k,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
-            )
+            name = "linear_logprob_dlogits"
+            make_dlogits(_choose(name, hidden, V, has_ref, softcap > 0.0, make_dlogits), first)
             if dhidden is not None:
-                linear_logprob_dhidden_kernel[
-                    (triton.cdiv(D, out_tiles.n), triton.cdiv(M, out_tiles.m))
-                ](
-                    dlogits,
-                    weight,
-                    dhidden,
-                    M,
-                    V,
-                    D,
-                    *weight.stride(),
-                    first,
-                    chunk,
-                    PRECISION=precision,
-                    BLOCK_M=out_tiles.m,
-                    BLOCK_D=out_tiles.n,
-                    BLOCK_V=out_tiles.k,
-                    num_warps=out_tiles.num_warps,
-                    num_stages=out_tiles.num_stages,
+
+                def trial(config: tuning.Config) -> None:  # on a sum of its own
+                    add_to_dhidden(config, 0, norms.new_zeros(M, D))
+
+                config = tuning.choose(
+                    "linear_logprob_dhidden",
+                    hidden,
+                    {"D": D, "itemsize": itemsize},
+                    _dhidden_candidates(itemsize),
+                    trial,
                 )
+                add_to_dhidden(config, first, dhidden)
         if dweight is not None:
             torch.mm(dlogits[:, :count].t(), rows, out=dweight[first : first + count])
         if dbias is not None:
@@ -261,10 +321,10 @@ def bwd(
     )
 
 
-def _chunk(M: int, itemsize: int, multiple: int) -> int:
-    """Columns of dlogits that the budget holds, at least one block."""
+def _chunk(M: int, itemsize: int) -> int:
+    """Columns of dlogits that the budget holds, at least one block of any candidate."""
     budget_mb = float(os.environ.get("HYDRA_LOGPROB_BUDGET_MB") or DEFAULT_BUDGET_MB)
-    return max(1, int(budget_mb * 2**20 / (max(M, 1) * itemsize)) // multiple) * multiple
+    return max(1, int(budget_mb * 2**20 / (max(M, 1) * itemsize)) // CHUNK_UNIT) * CHUNK_UNIT
 
 
 def aot_signatures() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]]:
@@ -278,7 +338,8 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], dict
         if softcap and dtype == "fp32":
             continue
         itemsize = 4 if dtype == "fp32" else 2
-        tiles = _tiles(itemsize, has_ref, softcap, arch // 10)
+        precision = _precision(torch.float32 if itemsize == 4 else torch.bfloat16)
+        expects = ("wide_loads", "tensor_cores") if itemsize == 2 else ()
         given = f"*{dtype}:16"
         inputs = {
             "hidden": given,
@@ -294,36 +355,41 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], dict
             **sizes,
             **strides,
         }
-        constexprs = unit | {
-            "HAS_REF": has_ref,
-            "HAS_BIAS": False,
-            "HAS_SOFTCAP": softcap,
-            "EVEN_D": True,
-            "PRECISION": _precision(torch.float32 if itemsize == 4 else torch.bfloat16),
-            "BLOCK_M": tiles.m,
-            "BLOCK_V": tiles.n,
-            "BLOCK_D": tiles.k,
-        }
         label = dtype + " with reference" * has_ref + " softcap" * softcap
-        options = {
-            "num_warps": tiles.num_warps,
-            "num_stages": tiles.num_stages,
-            "label": label,
-            "archs": (arch,),
-            "expects": ("wide_loads", "tensor_cores") if itemsize == 2 else (),
-        }
-        signature = inputs | {"sums": "*fp32:16", "split_size": "i32:16"}
-        yield linear_logprob_fwd_kernel, signature, constexprs | {"SAVE": False}, options
-        signature = inputs | dict.fromkeys(("upstream", "entropy", "kl", "norms"), "*fp32:16")
-        signature |= {"dlogits": given, "first": "i32:16", "chunk": "i32:16"}
-        yield linear_logprob_dlogits_kernel, signature, constexprs | {"SAVED": False}, options
-        if not has_ref and not softcap:
-            tiles = _dhidden_tiles(itemsize)
+        flags = {"HAS_REF": has_ref, "HAS_BIAS": False, "HAS_SOFTCAP": softcap, "EVEN_D": True}
+        # What is timed on request is compiled for Hopper, as it is to be chosen there.
+        candidates = _candidates(itemsize, has_ref, softcap, arch // 10)
+        for tiles in candidates if arch == 90 and not softcap else candidates[:1]:
+            options = {
+                "num_warps": tiles["num_warps"],
+                "num_stages": tiles["num_stages"],
+                "label": f"{label} {_label(tiles)}",
+                "archs": (arch,),
+                "expects": expects,
+            }
+            blocks = {name: size for name, size in tiles.items() if name.startswith("BLOCK")}
+            constexprs = unit | flags | blocks | {"PRECISION": precision}
+            signature = inputs | {"sums": "*fp32:16", "split_size": "i32:16"}
+            yield linear_logprob_fwd_kernel, signature, constexprs | {"SAVE": False}, options
+            signature = inputs | dict.fromkeys(("upstream", "entropy", "kl", "norms"), "*fp32:16")
+            signature |= {"dlogits": given, "first": "i32:16", "chunk": "i32:16"}
+            yield linear_logprob_dlogits_kernel, signature, constexprs | {"SAVED": False}, options
+        if has_ref or softcap:
+            continue
+        candidates = _dhidden_candidates(itemsize)
+        for tiles in candidates if arch == 90 else candidates[:1]:
+            options = {
+                "num_warps": tiles["num_warps"],
+                "num_stages": tiles["num_stages"],
+                "label": f"{dtype} {_label(tiles)}",
+                "archs": (arch,),
+                "expects": expects,
+            }
             signature = {"dlogits": given, "weight": given, "dhidden": "*fp32:16", **sizes}
             signature |= {"stride_wv": "i32:16", "first": "i32:16", "chunk": "i32:16"}
-            constexprs = {"PRECISION": constexprs["PRECISION"], "stride_wd": 1}
-            constexprs |= {"BLOCK_M": tiles.m, "BLOCK_D": tiles.n, "BLOCK_V": tiles.k}
-            yield linear_logprob_dhidden_kernel, signature, constexprs, options | {"label": dtype}
+            blocks = {name: size for name, size in tiles.items() if name.startswith("BLOCK")}
+            once = {"PRECISION": precision, "stride_wd": 1} | blocks
+            yield linear_logprob_dhidden_kernel, signature, once, options
     for has_ref in (False, True):
         signature = {"sums": "*fp32:16", "targets": "*i64:16", "results": "*fp32:16"}
         signature |= {"norms": "*fp32:16", "M": "i32", "V": "i32", "ignore_index": "i32"}
@@ -335,6 +401,10 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], dict
             {"HAS_REF": has_ref, "BLOCK_M": MERGE_ROWS},
             {"num_warps": 4, "num_stages": 1, "label": label},
         )
+
+
+def _label(tiles: dict[str, int]) -> str:
+    return "x".join(str(size) for size in tiles.values())
 
 
 registry.register(
