@@ -1,7 +1,7 @@
 """Rows out of files, folders and Hub sets, one at a time, each with the place it came from.
 
-JSON Lines, CSV and Parquet are read in constant memory, and so is what ``datasets`` reads. A
-``.json`` file that holds one array is read whole.
+JSON Lines, JSON arrays, CSV and Parquet are read in constant memory, and so is what ``datasets``
+reads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hydra_rlhf.data.json_array import elements
 from hydra_rlhf.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -151,13 +152,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Row]:
     if not start.startswith(b"["):
         yield from _jsonl(file, path)
         return
-    try:
-        rows = json.loads(_decoded(file.read().removeprefix(b"\xef\xbb\xbf")))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {_one_line(error)}") from error
-    for number, value in enumerate(rows, 1):
+    for number, value in enumerate(elements(file, path), 1):
         try:
             yield Row(f"row {number}", _checked_row(value))
         except BadRow as error:

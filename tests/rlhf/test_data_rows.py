@@ -178,12 +178,14 @@ def test_wrong_arguments_are_refused_before_the_first_row(tmp_path):
             iter_preferences(tmp_path / "a.jsonl", **options)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_streaming_takes_constant_memory(tmp_path, suffix):
     path, rows, text = tmp_path / f"big{suffix}", 6_000, "x" * 500
     if suffix == ".parquet":
         table = pyarrow.table({key: [text] * rows for key in ("prompt", "chosen", "rejected")})
         pyarrow.parquet.write_table(table, path, row_group_size=1000, use_dictionary=False)
+    elif suffix == ".json":
+        path.write_text(json.dumps([dict.fromkeys(ROWS[0], text)] * rows))
     else:
         line = json.dumps(dict.fromkeys(ROWS[0], text)) if suffix == ".jsonl" else f"{text}," * 2
         head = "" if suffix == ".jsonl" else "prompt,chosen,rejected\n"
