@@ -223,6 +223,7 @@ class HydraModel(nn.Module):
         role: str | None = None,
         adapter_ids: int | Tensor | None = None,
         prefix: Prefix | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The trunk's last hidden state under a role's adapter.
 
@@ -230,10 +231,12 @@ class HydraModel(nn.Module):
 
         Args:
             input_ids: (B, L).
-            attention_mask: (B, L), nonzero where there is a token.
+            attention_mask: (B, L), nonzero where there is a token; or, with ``positions``,
+                (B, 1, L, L), which is added to the scores of attention.
             role: Whose adapter; None is the decoder with adapters off.
             adapter_ids: In place of a role: an id, or (B,) ids of the rows; -1 is off.
             prefix: From :meth:`compute_prefix` on these sequences: start there.
+            positions: (B, L) in place of those counted.
 
         Returns:
             (B, L, D), in the decoder's dtype.
@@ -247,7 +250,7 @@ class HydraModel(nn.Module):
                 context=lambda: self._adapters(ids),
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
+                position_ids=position_ids(attention_mask) if positions is None else positions,
             )
 
     def _adapters(self, ids: int | Tensor) -> contextlib.AbstractContextManager:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hydra_rlhf import objectives
+from hydra_rlhf import objectives, packing
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pairs import PairBatch
 from hydra_rlhf.sft_config import (
@@ -42,7 +42,7 @@ class PairLoss(nn.Module):
         ``difference``, (B,) r_w - r_l, is there where the reward head is trained.
         """
         config, model = self.config, self.model
-        hidden = model.hidden(batch.input_ids, batch.attention_mask, role=self.role)
+        hidden = self._hidden(batch, self.role)  # (rows, L, D)
         sums: dict[str, Tensor] = {}
         if config.objective in REWARD_OBJECTIVES:
             rewards = model.reward_head(hidden.float()).squeeze(-1)  # (rows, L)
@@ -60,8 +60,12 @@ class PairLoss(nn.Module):
     @torch.no_grad()
     def _reference(self, batch: PairBatch) -> Tensor:
         """(M, D) of the same decoder with the adapter off."""
-        hidden = self.model.hidden(batch.input_ids, batch.attention_mask)
-        return hidden.flatten(0, 1).index_select(0, batch.positions)
+        return self._hidden(batch, None).flatten(0, 1).index_select(0, batch.positions)
+
+    def _hidden(self, batch: PairBatch, role: str | None) -> Tensor:
+        if batch.packed is not None:
+            return packing.hidden(self.model, batch.packed, role)
+        return self.model.hidden(batch.input_ids, batch.attention_mask, role=role)
 
 
 def reward_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[str, Tensor]:

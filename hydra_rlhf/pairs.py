@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hydra_rlhf.data import Preference
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.packing import Packed, pack
 
 IGNORE = -100
 
@@ -52,13 +53,14 @@ class PairBatch(NamedTuple):
     margin: Tensor  # (B,)
     num_pairs: int  # B
     num_chosen: int  # B and the answers to imitate alone
+    packed: Packed | None = None  # the rows laid end to end, for the decoder to run on instead
 
     def split(self, each: Tensor) -> tuple[Tensor, Tensor]:
         """(rows,) values of the pairs' chosen and rejected responses, (B,) both."""
         return each[: self.num_pairs], each[self.num_chosen :]
 
     def to(self, device: torch.device) -> PairBatch:
-        moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
+        moved = [part.to(device) if isinstance(part, (Tensor, Packed)) else part for part in self]
         return PairBatch(*moved)  # type: ignore[arg-type]
 
 
@@ -120,6 +122,7 @@ def collate(
     side: str = "right",
     both: bool = True,
     predict_both: bool = False,
+    packed: bool = False,
 ) -> PairBatch:
     """Pad to the longest row.
 
@@ -129,6 +132,7 @@ def collate(
         side: The tokenizer's ``padding_side``.
         both: Have rows for the rejected responses.
         predict_both: Predict their tokens too.
+        packed: Also lay the rows end to end; see ``packing``.
     """
     pairs = [one for one in examples if one.rejected]
     chosen = [*pairs, *(one for one in examples if not one.rejected)]
@@ -169,6 +173,7 @@ def collate(
         torch.tensor([pair.margin or 0.0 for pair in pairs], dtype=torch.float32),
         len(pairs),
         len(chosen),
+        pack(input_ids, attention_mask) if packed else None,
     )
 
 

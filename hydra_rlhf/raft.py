@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hydra_rlhf import packing, sft
 from hydra_rlhf import rollout as rollouts
-from hydra_rlhf import sft
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pairs import EncodedPair, encode_prompts
@@ -63,6 +63,8 @@ def train(
     steps = config.max_steps or max(1, round(config.epochs * len(prompts) / config.batch_size))
     trainer = sft.Trainer(replace(config, objective="sft"), model, tokenizer, accelerator, steps)
     encoded = encode_prompts(tokenizer, prompts)
+    if config.packing:
+        packing.check(model, max(map(len, encoded)) + config.response_length)
     sampling = Sampling(
         config.response_length,
         config.temperature,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import hydra_kernels.peft
+from hydra_rlhf import packing
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pair_loss import PAIR_FIGURES, PairLoss, calibration_error
@@ -163,7 +164,8 @@ def train(
     reward head (``merge_adapter`` folds it into the weights afterwards).
 
     Raises:
-        UserError: no pairs, or a prompt that leaves no room for a response.
+        UserError: no pairs, a prompt that leaves no room for a response, or packing that the model
+            cannot do.
     """
     accelerator = accelerator or make_accelerator()
     encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
@@ -294,6 +296,8 @@ def _encode(
     held_out = []
     if eval_pairs:
         held_out = encode_pairs(tokenizer, eval_pairs, max_length=length, what="held-out pair")
+    if config.packing:
+        packing.check(model, max(map(len, [*encoded, *alone, *held_out])))
     return mix(encoded, alone, config.mix, seed=config.seed), held_out
 
 
@@ -369,6 +373,7 @@ def _collate(config: SFTConfig, tokenizer: Any, pairs: list[EncodedPair]) -> Pai
         side=tokenizer.padding_side,
         both=config.objective != "sft",
         predict_both=config.objective in LIKELIHOOD_OBJECTIVES,
+        packed=config.packing,
     )
 
 

@@ -67,6 +67,11 @@ class SFTConfig:
         None, "tokens of prompt and response; the model's context when not set"
     )
     group_by_length: bool = setting(True, "batch pairs of about the same length")
+    packing: bool = setting(
+        False,
+        "lay a batch's rows end to end instead of padding them, none seeing another; the loss is "
+        "that of the padded batch",
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward")
     lora_r: int = setting(0, "train LoRA of this rank, merged at the end; 0 trains all weights")
     lora_alpha: float | None = setting(None, "LoRA alpha; twice the rank when not set")

@@ -1,5 +1,7 @@
 """RAFT imitates the best of its own answers, and so moves the policy and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,18 @@ def test_the_reward_of_its_answers_rises_and_the_base_stays(tmp_path, monkeypatc
     for name, value in model.causal_lm.state_dict().items():
         if "lora_" not in name:
             assert torch.equal(value, base[name.replace(".base_layer.", ".")]), name
+
+
+def test_packed_answers_train_alike_and_the_model_is_asked_first(monkeypatch):
+    asked, after = [], []
+    monkeypatch.setattr(raft.packing, "check", lambda model, longest: asked.append(longest))
+    for packed in (False, True):
+        config = replace(CONFIG, packing=packed, max_steps=2, learning_rate=1e-3)
+        model = model_with_adapter(config)
+        raft.train(config, model, Words(), ["3 8", "4 9 5", "7"], Tracker(None))
+        after.append(torch.cat([p.flatten() for p in model.adapter_parameters("actor")]))
+    torch.testing.assert_close(after[1], after[0], rtol=0, atol=1e-5)
+    assert asked == [3 + CONFIG.response_length]
 
 
 @torch.no_grad()
