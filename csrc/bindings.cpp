@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_linear_shrink_cpu", &hydra::cpu::lora_linear_shrink, release_gil());
   m.def("lora_linear_expand_cpu", &hydra::cpu::lora_linear_expand, release_gil());
   m.def("lora_linear_outer_cpu", &hydra::cpu::lora_linear_outer, release_gil());
+  m.def("replay_cpu", &hydra::cpu::replay, release_gil());
 
 #ifdef HYDRA_WITH_CUDA
   m.def("device_name_cuda", &hydra::cuda::device_name, release_gil());

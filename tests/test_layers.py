@@ -14,17 +14,20 @@ MAY_IMPORT = {  # room -> the rooms of this project it may import
         "hydra_kernels.ops",
         "hydra_kernels.nn",
         "hydra_kernels.peft",
+        "hydra_kernels.replay",
     },
     "hydra_kernels.backends": {"hydra_kernels.backends", "hydra_kernels._C"},
     "hydra_kernels.ops": {"hydra_kernels.ops", "hydra_kernels.backends"},
     "hydra_kernels.nn": {"hydra_kernels.nn", "hydra_kernels.ops"},
     "hydra_kernels.peft": {"hydra_kernels.peft", "hydra_kernels.nn", "hydra_kernels.ops"},
+    "hydra_kernels.replay": {"hydra_kernels.replay", "hydra_kernels.backends"},
     "hydra_rlhf": {
         "hydra_rlhf",
         "hydra_kernels",
         "hydra_kernels.ops",
         "hydra_kernels.nn",
         "hydra_kernels.peft",
+        "hydra_kernels.replay",
     },
 }
 ROOMS = {*MAY_IMPORT, "hydra_kernels._C"}

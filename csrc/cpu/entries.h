@@ -70,4 +70,8 @@ void lora_linear_outer(
     std::int64_t num_cols, std::int64_t ldx, const std::vector<std::int64_t>& grads, double dropout,
     std::int64_t seed, std::int64_t offset);
 
+
+// Runs the instructions of hydra_kernels/replay; table holds the storages' addresses.
+void replay(std::uintptr_t program, std::int64_t num_words, std::uintptr_t table, int threads);
+
 }  // namespace hydra::cpu

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan, saves_s
 from hydra_kernels.backends.reference import lora_linear as reference
 
@@ -292,7 +292,7 @@ def _run(
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or recording.state.on:
         p, n = len(plan.counts), len(plan.owners)
         ys, _ = torch.ops.hydra.lora_linear_fwd(
             x,

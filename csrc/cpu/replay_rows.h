@@ -1,0 +1,214 @@
+// Reductions of rows, rows taken from and put into others, and tokens drawn from rows of logits.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/replay_words.h"
+#include "hydra/fast_exp.h"
+
+namespace hydra::cpu::replaying {
+
+// Sixteen sums side by side, so that the loop is SIMD without reordering one sum.
+constexpr int kLanes = 16;
+
+template <class F>
+HYDRA_INLINE float sum_of(std::int64_t n, F value) {
+  float sums[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) sums[l] += value(i + l);
+  }
+  float total = 0.0f;
+  for (int l = 0; l < kLanes; ++l) total += sums[l];
+  for (; i < n; ++i) total += value(i);
+  return total;
+}
+
+HYDRA_INLINE float largest(const float* x, std::int64_t n) {
+  float top[kLanes];
+  for (int l = 0; l < kLanes; ++l) top[l] = x[0];
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) top[l] = x[i + l] > top[l] ? x[i + l] : top[l];
+  }
+  for (; i < n; ++i) top[0] = x[i] > top[0] ? x[i] : top[0];
+  for (int l = 1; l < kLanes; ++l) top[0] = top[l] > top[0] ? top[l] : top[0];
+  return top[0];
+}
+
+HYDRA_INLINE void softmax_row(const float* x, std::int64_t n, float* y) {
+  const float top = largest(x, n);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) y[i] = fast_exp(x[i] - top);
+  const float share = 1.0f / sum_of(n, [=](std::int64_t i) { return y[i]; });
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) y[i] *= share;
+}
+
+template <std::int64_t kOp>
+HYDRA_INLINE void run_rows(Words words, int thread, int threads) {
+  const std::int64_t rows = words.next(), n = words.next();
+  const float* x = words.address();
+  const float* scale = words.address();
+  const float* shift = words.address();
+  float* y = words.address();
+  const float eps = words.number();
+  const Part part = part_of(rows, 1, thread, threads);
+  for (std::int64_t row = part.first; row < part.last; ++row) {
+    const float* in = x + row * n;
+    if constexpr (kOp == kMean) {
+      y[row] = sum_of(n, [=](std::int64_t i) { return in[i]; }) / static_cast<float>(n);
+    } else if constexpr (kOp == kSoftmax) {
+      softmax_row(in, n, y + row * n);
+    } else {
+      float* out = y + row * n;
+      const auto count = static_cast<float>(n);
+      const float mean = sum_of(n, [=](std::int64_t i) { return in[i]; }) / count;
+      const float var =
+          sum_of(n, [=](std::int64_t i) { return (in[i] - mean) * (in[i] - mean); }) / count;
+      const float factor = 1.0f / std::sqrt(var + eps);
+      for (std::int64_t i = 0; i < n; ++i) {
+        float value = (in[i] - mean) * factor;
+        if (scale != nullptr) value *= scale[i];
+        if (shift != nullptr) value += shift[i];
+        out[i] = value;
+      }
+    }
+  }
+}
+
+HYDRA_INLINE void run_gather(Words words, int thread, int threads) {
+  const std::int64_t count = words.next(), width = words.next();
+  const auto* ids = words.address<std::int64_t>();
+  const float* from = words.address();
+  const std::int64_t stride = words.next();
+  float* to = words.address();
+  const Part part = part_of(count, 1, thread, threads);
+  for (std::int64_t i = part.first; i < part.last; ++i) {
+    std::memcpy(
+        to + i * width, from + ids[i] * stride, static_cast<std::size_t>(width) * sizeof(float));
+  }
+}
+
+// to[first[i], second[i], ...] = from[i, ...]; the rest (3 dimensions) is copied.
+HYDRA_INLINE void run_put(Words words, int thread, int threads) {
+  const std::int64_t count = words.next();
+  const auto* first = words.address<std::int64_t>();
+  const std::int64_t step_first = words.next();
+  const auto* second = words.address<std::int64_t>();
+  const std::int64_t step_second = words.next();
+  std::int64_t sizes[3], st[3], sf[3];
+  words.read(sizes);
+  float* to = words.address();
+  words.read(st);
+  const float* from = words.address();
+  const std::int64_t step_from = words.next();
+  words.read(sf);
+  const Part part = part_of(count, 1, thread, threads);
+  for (std::int64_t n = part.first; n < part.last; ++n) {
+    float* out = to + first[n] * step_first + (second == nullptr ? 0 : second[n] * step_second);
+    const float* in = from + n * step_from;
+    for (std::int64_t i = 0; i < sizes[0]; ++i) {
+      for (std::int64_t j = 0; j < sizes[1]; ++j) {
+        for (std::int64_t k = 0; k < sizes[2]; ++k) {
+          out[i * st[0] + j * st[1] + k * st[2]] = in[i * sf[0] + j * sf[1] + k * sf[2]];
+        }
+      }
+    }
+  }
+}
+
+constexpr std::int64_t kBlock = 64;  // tokens whose probabilities are summed before they are walked
+
+// The first token whose cumulative weight exceeds uniform * total; never one of weight 0.
+HYDRA_INLINE std::int64_t invert(
+    const float* weights, const float* blocks, std::int64_t n, float uniform, double total) {
+  const double threshold = static_cast<double>(uniform) * total;
+  double before = 0.0;
+  std::int64_t block = 0, found = 0;
+  for (; block * kBlock < n; ++block) {
+    if (before + blocks[block] > threshold) break;
+    before += blocks[block];
+  }
+  for (std::int64_t i = block * kBlock; i < n; ++i) {
+    before += weights[i];
+    if (before > threshold) return i;
+  }
+  // Rounding left the threshold above the sum: the last token that has any weight.
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (weights[i] > 0.0f) found = i;
+  }
+  return found;
+}
+
+HYDRA_INLINE double sum_blocks(const float* weights, std::int64_t n, float* blocks) {
+  double total = 0.0;
+  for (std::int64_t i = 0; i * kBlock < n; ++i) {
+    const float* from = weights + i * kBlock;
+    blocks[i] = sum_of(std::min(kBlock, n - i * kBlock), [=](std::int64_t j) { return from[j]; });
+    total += blocks[i];
+  }
+  return total;
+}
+
+HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<float>& scratch) {
+  const std::int64_t rows = words.next(), n = words.next();
+  const float* logits = words.address();
+  const std::int64_t stride = words.next();
+  const float* uniforms = words.address();
+  const std::int64_t uniform_stride = words.next();
+  const auto* columns = words.address<std::int64_t>();
+  auto* tokens = words.address<std::int64_t>();
+  float* logprobs = words.address();
+  float* drawn_logprobs = words.address();
+  const float temperature = words.number();
+  const bool sample = words.next() != 0;
+  const std::int64_t late_from = words.next(), num_late = words.next();
+  const std::int64_t* late = words.at;
+  const auto needed = static_cast<std::size_t>(n + n / kBlock + 1);
+  if (scratch.size() < needed) scratch.resize(needed);
+  float *weights = scratch.data(), *blocks = weights + n;
+  const float factor = 1.0f / temperature;
+  const Part part = part_of(rows, 1, thread, threads);
+  for (std::int64_t row = part.first; row < part.last; ++row) {
+    const float* z = logits + row * stride;
+    const float top = largest(z, n);
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) weights[i] = fast_exp((z[i] - top) * factor);
+    const double total = sum_blocks(weights, n, blocks);
+    float drawn_top = top;
+    double drawn = total;
+    if (columns[row] < late_from && num_late > 0) {
+      std::memcpy(weights, z, static_cast<std::size_t>(n) * sizeof(float));
+      for (std::int64_t i = 0; i < num_late; ++i) {
+        weights[late[i]] = -std::numeric_limits<float>::infinity();
+      }
+      z = weights;
+      drawn_top = largest(z, n);
+    }
+    std::int64_t token = 0;
+    if (!sample) {
+      while (token < n - 1 && !(z[token] >= drawn_top)) ++token;
+    }
+    if (z == weights) {
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) weights[i] = fast_exp((weights[i] - drawn_top) * factor);
+      drawn = sum_blocks(weights, n, blocks);
+    }
+    if (sample) {
+      token = invert(weights, blocks, n, uniforms[row * uniform_stride + columns[row]], drawn);
+    }
+    const float score = logits[row * stride + token];
+    tokens[row] = token;
+    logprobs[row] = (score - top) * factor - static_cast<float>(std::log(total));
+    drawn_logprobs[row] = (score - drawn_top) * factor - static_cast<float>(std::log(drawn));
+  }
+}
+
+}  // namespace hydra::cpu::replaying
