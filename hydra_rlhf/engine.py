@@ -3,9 +3,9 @@
 One forward of transformers' own trunk a token, over key and value buffers of a fixed size; every
 number that changes from token to token (position, write slot, length, finished, uniform draw) is a
 tensor on the device, and the host looks at it only once in a while. So a step is a fixed list of
-launches: on a GPU it is captured as a CUDA graph, once for a batch and a length bucket, and
-replayed. Weights and adapters are read in place: an optimizer step, or another role, needs no new
-capture.
+operations and is recorded: on a GPU as a CUDA graph, once for a batch and a length bucket; on a CPU
+by :mod:`hydra_kernels.replay`, once for a batch and a length, where it then runs in one call.
+Weights and adapters are read in place: an optimizer step needs no new recording.
 
 A row owns its slots: when its response ends, a waiting prompt takes its place while the other rows
 go on.
@@ -17,7 +17,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +24,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 import hydra_kernels.peft
+from hydra_kernels.replay import NotReplayable
+from hydra_rlhf.decode_state import Prefill, State, Unsupported, new_state
 from hydra_rlhf.model import HydraModel, position_ids
+from hydra_rlhf.replayed import fingerprint, recorded
 from hydra_rlhf.rollout import Rollout, Sampling, response_lengths
 from hydra_rlhf.rollout import generate as generate_by_transformers
+from hydra_rlhf.token_choice import Chosen, choose, is_filtered, write
 
 _log = logging.getLogger("hydra_rlhf")
-
-
-class Unsupported(Exception):
-    """The engine cannot run this model; the message says why."""
 
 
 class Generated(NamedTuple):
@@ -57,90 +56,6 @@ class Generated(NamedTuple):
     values: Tensor | None
 
 
-class _Prefill(Cache):
-    """Hands every layer its own keys and values back and remembers them."""
-
-    def __init__(self) -> None:
-        self.layers: list = []  # transformers looks through it for kinds of layers
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if layer_idx != len(self.kept):
-            raise Unsupported(f"layer {layer_idx} caches out of turn")
-        self.kept.append((key_states, value_states))
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0, *args) -> int:
-        return 0
-
-
-class _Buffers(Cache):
-    """Keys and values (B, heads, L, head size) of every layer, written at each row's own slot."""
-
-    def __init__(self, like: list[tuple[Tensor, Tensor]], batch: int, length: int):
-        self.layers: list = []
-        self.pairs = [
-            tuple(t.new_zeros((batch, t.shape[1], length, t.shape[3])) for t in pair)
-            for pair in like
-        ]
-        self.rows = torch.arange(batch, device=like[0][0].device)
-        self.slot = torch.zeros_like(self.rows)  # (B,) where the next token's keys go
-        self.seen = length  # how many slots attention reads
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        for buffer, new in zip(self.pairs[layer_idx], (key_states, value_states), strict=True):
-            buffer[self.rows, :, self.slot] = new[:, :, 0]
-        keys, values = self.pairs[layer_idx]
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
-
-    def get_seq_length(self, layer_idx: int = 0, *args) -> int:
-        return 0  # positions and masks are passed in, nothing is derived from it
-
-    def put(self, rows: Tensor, prefilled: list[tuple[Tensor, Tensor]]) -> None:
-        for buffers, new in zip(self.pairs, prefilled, strict=True):
-            for buffer, part in zip(buffers, new, strict=True):
-                buffer[rows, :, : part.shape[2]] = part
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for pair in self.pairs for t in pair)
-
-
-@dataclass
-class _State:
-    """What a step reads and writes. B rows, T response tokens, L = P + T slots."""
-
-    cache: _Buffers
-    mask: Tensor  # (B, L) added to attention scores: 0 or the dtype's lowest
-    token: Tensor  # (B, 1) the last token, whose keys are not written yet
-    position: Tensor  # (B, 1)
-    column: Tensor  # (B, 1) of the response, where the next token goes
-    finished: Tensor  # (B,)
-    uniforms: Tensor  # (B, T)
-    tokens: Tensor  # (B, T)
-    logprobs: Tensor  # (B, T)
-    sampled_logprobs: Tensor  # (B, T)
-    values: Tensor | None  # (B, T)
-
-    def outputs(self) -> dict[str, Tensor]:
-        named = {n: getattr(self, n) for n in ("tokens", "logprobs", "sampled_logprobs", "values")}
-        return {name: buffer for name, buffer in named.items() if buffer is not None}
-
-    def changing(self) -> dict[str, Tensor]:
-        """Everything that a token changes besides keys and values."""
-        names = ("mask", "token", "position", "column", "finished", "uniforms")
-        return {**{name: getattr(self, name) for name in names}, **self.outputs()}
-
-    def rows(self, row: Tensor) -> _State:
-        """A copy of some rows, to choose their next token apart from the others."""
-        some: dict[str, Any] = {name: buffer[row] for name, buffer in self.changing().items()}
-        return replace(self, **some)
-
-    def put_rows(self, row: Tensor, part: _State) -> None:
-        for name, buffer in self.changing().items():
-            buffer[row] = getattr(part, name)
-
-
 class RolloutEngine:
     """Generates under a role's adapter; drop-in for :func:`hydra_rlhf.rollout.generate`.
 
@@ -149,8 +64,10 @@ class RolloutEngine:
         batch_size: Rows at a time; more prompts wait for a row to finish. None: all at once.
         check_every: Steps between two looks at which rows have finished.
         bucket: Attention reads a multiple of this many slots; on a GPU one graph is captured for
-            each multiple.
+            each multiple. A replay on a CPU reads what a row has and needs none.
         graph: Capture CUDA graphs; None does so on a GPU.
+        replay: Record the step and replay it on a CPU; None does so where it can be, and says once
+            where not.
     """
 
     def __init__(
@@ -161,6 +78,7 @@ class RolloutEngine:
         check_every: int = 8,
         bucket: int | None = None,
         graph: bool | None = None,
+        replay: bool | None = None,
     ):
         on_gpu = model.device.type == "cuda"
         self.model = model
@@ -169,8 +87,11 @@ class RolloutEngine:
         self.bucket = bucket or (256 if on_gpu else 32)
         self.graph = on_gpu if graph is None else graph
         self._key: tuple | None = None
-        self._state: _State | None = None
+        self._state: State | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.replay = model.device.type == "cpu" if replay is None else replay
+        self._replays: dict[int, _Step] = {}  # by adapter id
+        self._step_now: _Step | None = None
         self._adapter = torch.tensor(-1, device=model.device)
         self._refused = False
 
@@ -208,8 +129,17 @@ class RolloutEngine:
         return 0 if self._state is None else self._state.cache.nbytes
 
     def release(self) -> None:
-        """Frees buffers and graphs, for a phase that wants their memory."""
-        self._key, self._state, self._graphs = None, None, {}
+        """Frees buffers and graphs, for a phase that wants their memory.
+
+        A step that is replayed on a CPU stays recorded: it is a few kilobytes.
+        """
+        if self._state is not None and self._replays:
+            self._state.cache.release()
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._key, self._state, self._graphs, self._replays = None, None, {}, {}
 
     @torch.no_grad()
     def generate(
@@ -246,8 +176,9 @@ class RolloutEngine:
         if input_ids.shape[0] == 0:
             raise ValueError("no prompts")
         uniforms = _uniforms(seeds, len(input_ids), sampling.response_length, input_ids.device)
-        with model.no_dropout(), self._adapters(model.adapter_id(role)):
-            return self._run(input_ids, attention_mask, sampling, uniforms, values)
+        adapter = model.adapter_id(role)
+        with model.no_dropout(), self._adapters(adapter):
+            return self._run(input_ids, attention_mask, sampling, uniforms, values, adapter)
 
     def _adapters(self, adapter: int) -> contextlib.AbstractContextManager:
         if not self.model.adapters:
@@ -265,6 +196,7 @@ class RolloutEngine:
         sampling: Sampling,
         uniforms: Tensor,
         values: bool,
+        adapter: int,
     ) -> Generated:
         N, T = len(input_ids), sampling.response_length
         B = min(N, self.batch_size or N)
@@ -277,6 +209,7 @@ class RolloutEngine:
         waiting = deque(range(B, N))
         state = self._fill(None, None, list(range(B)), *inputs)
         out = {name: buffer.new_zeros(N, T) for name, buffer in state.outputs().items()}
+        step = self._recorded(state, sampling, adapter)
         drawn = [1] * B  # tokens of each row's response, as far as the host knows without asking
         since = 0
         while True:
@@ -299,13 +232,16 @@ class RolloutEngine:
                     return _finish(out, sampling)
                 continue
             seen = P + max(min(count, T - 1) for count in busy)  # the last token's slot included
-            self._step(min(-(-seen // self.bucket) * self.bucket, P + T), sampling)
+            if step is None:
+                self._step(min(-(-seen // self.bucket) * self.bucket, P + T), sampling)
+            else:
+                step()
             drawn = [count + 1 for count in drawn]
             since += 1
 
     def _fill(
         self,
-        state: _State | None,
+        state: State | None,
         rows: list[int] | None,
         prompts: list[int],
         input_ids: Tensor,
@@ -313,13 +249,13 @@ class RolloutEngine:
         sampling: Sampling,
         uniforms: Tensor,
         values: bool,
-    ) -> _State:
+    ) -> State:
         """Prefills ``prompts`` into ``rows``, at the start all of them, and draws a first token."""
         device = input_ids.device
         picked = torch.tensor(prompts, device=device)
         ids, mask = input_ids[picked], attention_mask[picked]
         B, P = ids.shape
-        prefill = _Prefill()
+        prefill = Prefill()
         masks = _prefill_masks(mask, self._dtype, self._window)
         hidden = self._trunk(ids, masks, position_ids(mask), prefill)
         layers = self.model.config.get_text_config().num_hidden_layers
@@ -341,38 +277,40 @@ class RolloutEngine:
         state.uniforms[row] = uniforms[picked]
         for buffer in state.outputs().values():
             buffer[row] = 0
+        state.mask[row, P] = 0.0  # the first response token will sit there
         part = state.rows(row)
-        self._choose(part, hidden[:, -1], sampling)
+        self._append(part, hidden[:, -1], sampling)
         state.put_rows(row, part)
         return state
 
-    def _new_state(self, like: Any, B: int, P: int, sampling: Sampling, values: bool) -> _State:
+    def _new_state(self, like: Any, B: int, P: int, sampling: Sampling, values: bool) -> State:
         """Buffers of this size, those of the last call where they fit."""
         T = sampling.response_length
-        key = (B, P, T, sampling, values, self._dtype)
+        window = self._window is not None and self._window < P + T
+        key = (B, P, T, sampling, values, self._dtype, fingerprint(self.model))
         if self._key == key and self._state is not None:
+            self._state.cache.restore()
             return self._state
-        self.release()
-        device = like[0][0].device
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        self._forget()
         self._key = key
-        self._state = _State(
-            cache=_Buffers(like, B, P + T),
-            mask=zeros(B, P + T, dtype=self._dtype),
-            token=zeros(B, 1, dtype=torch.long),
-            position=zeros(B, 1, dtype=torch.long),
-            column=zeros(B, 1, dtype=torch.long),
-            finished=zeros(B, dtype=torch.bool),
-            uniforms=zeros(B, T, dtype=torch.float32),
-            tokens=zeros(B, T, dtype=torch.long),
-            logprobs=zeros(B, T, dtype=torch.float32),
-            sampled_logprobs=zeros(B, T, dtype=torch.float32),
-            values=zeros(B, T, dtype=torch.float32) if values else None,
-        )
+        self._state = new_state(like, B, P, T, window=window, values=values, dtype=self._dtype)
         return self._state
+
+    def _recorded(self, state: State, sampling: Sampling, adapter: int) -> _Step | None:
+        """The step as a replay; None where it is not to be, or cannot be."""
+        if not self.replay:
+            return None
+        step = self._replays.get(adapter)
+        if step is None:
+            try:
+                step = self._replays[adapter] = _Step(self, state, sampling)
+            except NotReplayable as reason:
+                self.replay = False
+                _log.warning("decoding runs one PyTorch operation after another: %s", reason)
+                return None
+        else:
+            step.replay.refresh()
+        return step
 
     def _step(self, seen: int, sampling: Sampling) -> None:
         """One token for every row that has not finished; attention reads ``seen`` slots."""
@@ -385,7 +323,7 @@ class RolloutEngine:
             self._graphs[seen] = self._capture(state, seen, sampling)
         self._graphs[seen].replay()
 
-    def _capture(self, state: _State, seen: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
+    def _capture(self, state: State, seen: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
         """The step as a graph. Warming up runs it, so the state is put back after."""
         kept = {name: buffer.clone() for name, buffer in state.changing().items()}
         slot = state.cache.slot.clone()
@@ -403,17 +341,45 @@ class RolloutEngine:
         state.cache.slot.copy_(slot)
         return graph
 
-    def _token(self, state: _State, seen: int, sampling: Sampling) -> None:
-        cache = state.cache
-        cache.seen = seen
-        state.mask[cache.rows, cache.slot] = 0.0
-        hidden = self._trunk(
-            state.token, self._step_mask(state, seen), state.position, cache
-        )  # (B, 1, D)
+    def _token(self, state: State, seen: int, sampling: Sampling) -> None:
+        self._see(state, seen)
+        hidden = self._next_hidden(state, seen)  # (B, D)
+        self._advance(state)
+        self._append(state, hidden, sampling)
+
+    def _next_hidden(self, state: State, seen: int) -> Tensor:
+        """The last hidden state (B, D) of the rows' last tokens, whose keys and values it keeps."""
+        state.cache.seen = seen
+        full = state.mask[:, None, None, :seen]
+        near = full if state.near is None else state.near[:, None, None, :seen]
+        return self._trunk(state.token, (full, near), state.position, state.cache)[:, -1]
+
+    def _see(self, state: State, seen: int) -> None:
+        """Puts what layers with a sliding window see of the first ``seen`` slots."""
+        if state.near is None:
+            return
+        window = self._window
+        assert window is not None
+        slots = torch.arange(seen, device=state.near.device)
+        out_of_sight = slots <= state.cache.slot[:, None] - window  # (B, seen)
+        lowest = torch.finfo(state.near.dtype).min
+        state.near[:, :seen] = state.mask[:, :seen].masked_fill(out_of_sight, lowest)
+
+    def _advance(self, state: State) -> None:
+        """Moves the rows that go on to their next slot, which attention then sees."""
         going = (~state.finished).long()
-        cache.slot.add_(going)
+        state.cache.slot.add_(going)
         state.position.add_(going[:, None])
-        self._choose(state, hidden[:, -1], sampling)
+        state.mask[state.cache.rows, state.cache.slot] = 0.0
+
+    def _append(self, state: State, hidden: Tensor, sampling: Sampling) -> None:
+        """Draws the next token of every row from its last hidden state (B, D)."""
+        chosen = choose(self.model.lm_head.logits(hidden).float(), state, sampling)
+        self._write(state, hidden, chosen, sampling)
+
+    def _write(self, state: State, hidden: Tensor, chosen: Chosen, sampling: Sampling) -> None:
+        values = None if state.values is None else self.model.value_head(hidden.float())
+        write(state, chosen, values, sampling)
 
     def _trunk(self, ids: Tensor, mask: Any, positions: Tensor, cache: Cache) -> Tensor:
         return self.model.trunk(
@@ -443,40 +409,31 @@ class RolloutEngine:
     def _dtype(self) -> torch.dtype:
         return self.model.causal_lm.dtype
 
-    def _step_mask(self, state: _State, seen: int) -> tuple[Tensor, Tensor]:
-        full = state.mask[:, None, None, :seen]
-        window = self._window
-        if window is None or window >= state.mask.shape[1]:
-            return full, full
-        slots = torch.arange(seen, device=full.device)
-        out_of_sight = slots <= state.cache.slot[:, None] - window  # (B, seen)
-        lowest = torch.finfo(full.dtype).min
-        return full, full.masked_fill(out_of_sight[:, None, None], lowest)
 
-    def _choose(self, state: _State, hidden: Tensor, sampling: Sampling) -> None:
-        """Draws the next token of every row from its last hidden state (B, D)."""
-        logits = self.model.lm_head.logits(hidden).float()  # (B, V)
-        logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
-        filtered = _filter(logprobs, state.column, sampling)
-        if sampling.do_sample:
-            token = _draw(filtered, state.uniforms.gather(1, state.column))
-        else:
-            token = filtered.argmax(-1, keepdim=True)
-        going = ~state.finished[:, None]  # (B, 1)
-        token = torch.where(going, token, sampling.pad_id)
-        _write(state.tokens, state.column, token, going)
-        _write(state.logprobs, state.column, logprobs.gather(1, token), going)
-        _write(state.sampled_logprobs, state.column, filtered.gather(1, token), going)
-        if state.values is not None:
-            values = self.model.value_head(hidden.float())
-            _write(state.values, state.column, values, going)
-        last = state.column == state.tokens.shape[1] - 1
-        stop = torch.zeros_like(going)
-        for stop_id in sampling.stop_ids:
-            stop |= token == stop_id
-        state.finished.logical_or_((last | stop).squeeze(1))
-        state.column.add_((going & ~last).long())
-        state.token.copy_(token)
+class _Step:
+    """A token for every row of a state, its forward pass and draw replayed on the CPU."""
+
+    def __init__(self, engine: RolloutEngine, state: State, sampling: Sampling):
+        self.engine, self.state, self.sampling = engine, state, sampling
+        self.draws = not is_filtered(sampling)
+        self.seen = state.mask.shape[1]
+        engine._see(state, self.seen)
+        self.replay = recorded(self._forward)
+
+    def _forward(self) -> tuple[Tensor, ...]:
+        hidden = self.engine._next_hidden(self.state, self.seen)
+        logits = self.engine.model.lm_head.logits(hidden).float()
+        chosen = choose(logits, self.state, self.sampling) if self.draws else ()
+        return hidden, logits, *chosen
+
+    def __call__(self) -> None:
+        state = self.state
+        self.engine._see(state, self.seen)
+        self.replay()
+        hidden, logits, *chosen = self.replay.outputs
+        self.engine._advance(state)
+        drawn = tuple(chosen) if self.draws else choose(logits, state, self.sampling)
+        self.engine._write(state, hidden, drawn, self.sampling)  # type: ignore[arg-type]
 
 
 def _finish(out: dict[str, Tensor], sampling: Sampling) -> Generated:
@@ -529,39 +486,3 @@ def _prefill_masks(mask: Tensor, dtype: torch.dtype, window: int | None) -> tupl
     if window is None or window >= P:
         return full, full
     return full, full.masked_fill(slots <= slots[:, None] - window, lowest)
-
-
-def _filter(logprobs: Tensor, column: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) log-probabilities of what may be sampled, normalised; -inf for the rest."""
-    scores = logprobs
-    if sampling.min_response_length > 0:
-        early = column < sampling.min_response_length  # (B, 1)
-        scores = scores.clone()
-        for stop_id in sampling.stop_ids:
-            stop = scores[:, stop_id : stop_id + 1]
-            stop.copy_(torch.where(early, -torch.inf, stop))
-    if 0 < sampling.top_k < scores.shape[1]:
-        worst = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < worst, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, index = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True)
-        # A token goes when those before it already hold top_p: the likeliest always stays.
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
-    if sampling.min_p > 0.0:
-        least = scores.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log().item()
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    return scores if scores is logprobs else torch.log_softmax(scores, dim=-1)
-
-
-def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """(B, 1) tokens by inversion: the first whose cumulative probability exceeds the uniform."""
-    cumulative = logprobs.exp().cumsum(-1)  # (B, V)
-    total = cumulative[:, -1:]
-    # Below the total even after rounding, so that a token of probability 0 is never met.
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)
-
-
-def _write(buffer: Tensor, column: Tensor, value: Tensor, going: Tensor) -> None:
-    buffer.scatter_(1, column, torch.where(going, value, buffer.gather(1, column)))

@@ -101,7 +101,8 @@ class Sampler:
         if model not in self._engines:
             settings: dict[str, Any] = {}
             if self.processes.sharding is not None:
-                settings["graph"] = False  # gathered weights lie elsewhere each time
+                # Gathered weights lie elsewhere each time.
+                settings.update(graph=False, replay=False)
             if self.common:
                 settings["check_every"] = self.sampling.response_length  # none stops before
             self._engines[model] = RolloutEngine(model, **settings)

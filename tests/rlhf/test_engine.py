@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra_rlhf.engine import RolloutEngine, Unsupported, _filter
+from hydra_kernels.peft import FusedLinear
+from hydra_kernels.replay import Replay, unavailable
+from hydra_rlhf.decode_state import Unsupported
+from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.rollout import Sampling, generate, pad_left
+from hydra_rlhf.token_choice import filter_logprobs
 from tests.rlhf.families import EOS, FAMILIES, PAD, VOCAB, make_lm, make_model
 
 # One token, one that fills the width, some between, more of them than rows at a time.
@@ -14,6 +18,8 @@ PROMPTS = [[5, 6, 7], [8] * 9, [3, 4, 9, 6, 7, 8, 9], [11], [20, 21], [30] * 4, 
 GREEDY = Sampling(
     response_length=20, temperature=1.0, stop_ids=(EOS, 13, 29, 31), pad_id=PAD, do_sample=False
 )
+
+CAN_REPLAY = not unavailable()
 
 
 def prompts(count: int = len(PROMPTS)) -> tuple[Tensor, Tensor]:
@@ -31,9 +37,11 @@ def test_greedy_equals_generate(family):
     greedy = GREEDY._replace(stop_ids=stops)
     expected = generate(model, ids, mask, greedy, with_logprobs=True)
     assert len(expected.response_mask.sum(-1).unique()) > 1  # rows finish at different steps
-    for settings in ({}, {"batch_size": 2, "check_every": 3, "bucket": 4}):
+    small = {"batch_size": 2, "check_every": 3, "bucket": 4}
+    for settings in ({}, small, {**small, "replay": False}):
         engine = RolloutEngine(model, **settings)
         out = engine(model, ids, mask, greedy, with_logprobs=True)
+        assert bool(engine._replays) == (settings.get("replay", True) and CAN_REPLAY)
         assert torch.equal(out.query_responses, expected.query_responses)
         assert torch.equal(out.attention_mask, expected.attention_mask)
         assert torch.equal(out.response_mask, expected.response_mask)
@@ -163,7 +171,7 @@ def test_filters_together():
     torch.manual_seed(3)
     logprobs = torch.log_softmax(2 * torch.randn(6, 40), -1)
     sampling = Sampling(9, 1.0, (4,), PAD, top_k=12, top_p=0.8, min_p=0.02)
-    got = _filter(logprobs, torch.zeros(6, 1, dtype=torch.long), sampling).exp()
+    got = filter_logprobs(logprobs, torch.zeros(6, 1, dtype=torch.long), sampling).exp()
     for row in range(6):
         step = allowed(logprobs[row].exp(), top_k=12)
         step = allowed(allowed(step, top_p=0.8), min_p=0.02)
@@ -227,10 +235,19 @@ def test_buffers_are_kept_and_released():
     # 3 layers, keys and values, 7 rows, 2 heads of 8 floats, 9 + 20 slots
     assert engine.nbytes == 3 * 2 * 7 * 2 * 8 * 4 * (9 + 20)
     held = engine._state
-    engine.generate(ids, mask, GREEDY)
+    first = engine.generate(ids, mask, GREEDY)
     assert engine._state is held
     engine.release()
     assert engine.nbytes == 0
+    steps = dict(engine._replays)
+    others = torch.full((3 * 2 * 7 * 2 * 8 * 29,), torch.nan)  # where the buffers were
+    again = engine.generate(ids, mask, GREEDY)
+    assert torch.equal(again.tokens, first.tokens)
+    assert torch.equal(again.logprobs, first.logprobs)
+    assert engine._replays == steps and others.isnan().all()  # not recorded again
+    engine.release()
+    longer = engine.generate(ids, mask, GREEDY._replace(response_length=21))
+    assert torch.equal(longer.tokens[:, :20][first.lengths < 20], first.tokens[first.lengths < 20])
 
 
 def test_model_without_adapters():
@@ -255,6 +272,82 @@ def test_falls_back_once_and_says_so(caplog, monkeypatch):
     assert torch.equal(out.query_responses, generate(model, ids, mask, GREEDY).query_responses)
     (message,) = [r.getMessage() for r in caplog.records if "rollouts run" in r.getMessage()]
     assert message.endswith("its past is a convolution")
+
+
+replayed = pytest.mark.skipif(not CAN_REPLAY, reason="the C++ extension is not built")
+
+
+@replayed
+@pytest.mark.parametrize("settings", [{}, {"top_k": 9, "top_p": 0.9}, {"min_response_length": 5}])
+def test_replay_samples_what_pytorch_does(settings):
+    """The same uniforms give the same tokens: filters run outside of the replay."""
+    model = make_model("llama", ("joint",), trained=True)
+    ids, mask = prompts()
+    sampling = Sampling(20, 0.8, (EOS, 13), PAD, **settings)
+    seeds = list(range(len(ids)))
+    outs = []
+    for replay in (True, False):
+        engine = RolloutEngine(model, replay=replay)
+        outs.append(engine.generate(ids, mask, sampling, seeds=seeds, values=True))
+        assert bool(engine._replays) == replay
+    for ours, torchs in zip(*outs, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-5)
+
+
+@replayed
+@pytest.mark.parametrize("change", ["data", "scaling", "disabled", "head"])
+def test_a_changed_model_is_recorded_anew(change):
+    model = make_model("llama", trained=True)
+    ids, mask = prompts()
+    engine = RolloutEngine(model)
+    before = engine.generate(ids, mask, GREEDY)
+    layers = [m for m in model.base.modules() if isinstance(m, FusedLinear)]
+    if change == "data":
+        for parameter in model.adapter_parameters("actor"):
+            parameter.data = -2.0 * parameter.data
+    elif change == "scaling":
+        for layer in layers:
+            layer.scaling["actor"] *= -3.0
+    elif change == "disabled":
+        for layer in layers:
+            layer.enable_adapters(False)
+    else:
+        head = model.causal_lm.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
+        model.__dict__["lm_head"] = type(model.lm_head).from_model(model.causal_lm)
+    after = engine.generate(ids, mask, GREEDY)
+    expected = RolloutEngine(model, replay=False).generate(ids, mask, GREEDY)
+    assert torch.equal(after.tokens, expected.tokens)
+    assert not torch.equal(after.tokens, before.tokens)
+
+
+def test_what_cannot_be_replayed_runs_and_says_so_once(caplog):
+    model = make_model("llama").bfloat16()
+    ids, mask = prompts()
+    engine = RolloutEngine(model)
+    with caplog.at_level(logging.WARNING):
+        outs = [engine.generate(ids, mask, GREEDY) for _ in range(2)]
+    assert torch.equal(outs[0].tokens, outs[1].tokens)
+    (message,) = [r.getMessage() for r in caplog.records if "one PyTorch operation" in r.message]
+    if CAN_REPLAY:
+        assert "torch.bfloat16" in message
+
+
+@replayed
+def test_a_replay_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    model = make_model("llama", trained=True)
+    ids, mask = prompts()
+    call = Replay.__call__
+
+    def wrong(self):
+        call(self)
+        self.outputs[1].add_(0.1)
+
+    monkeypatch.setattr(Replay, "__call__", wrong)
+    engine = RolloutEngine(model)
+    out = engine(model, ids, mask, GREEDY)
+    assert torch.equal(out.query_responses, generate(model, ids, mask, GREEDY).query_responses)
+    assert "its replay is 0.1 off" in caplog.text
 
 
 @pytest.mark.gpu

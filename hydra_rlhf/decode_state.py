@@ -1,0 +1,144 @@
+"""What a decoding step reads and writes: keys and values a row, and the row's own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class Unsupported(Exception):
+    """The engine cannot run this model; the message says why."""
+
+
+class Prefill(Cache):
+    """Hands every layer its own keys and values back and remembers them."""
+
+    def __init__(self) -> None:
+        self.layers: list = []  # transformers looks through it for kinds of layers
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx != len(self.kept):
+            raise Unsupported(f"layer {layer_idx} caches out of turn")
+        self.kept.append((key_states, value_states))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0, *args) -> int:
+        return 0
+
+
+class Buffers(Cache):
+    """Keys and values (B, heads, L, head size) of every layer, written at each row's own slot."""
+
+    def __init__(self, like: list[tuple[Tensor, Tensor]], batch: int, length: int):
+        self.layers: list = []
+        self.pairs = [
+            tuple(t.new_zeros((batch, t.shape[1], length, t.shape[3])) for t in pair)
+            for pair in like
+        ]
+        self.rows = torch.arange(batch, device=like[0][0].device)
+        self.slot = torch.zeros_like(self.rows)  # (B,) where the next token's keys go
+        self.seen = length  # how many slots attention reads
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        for buffer, new in zip(self.pairs[layer_idx], (key_states, value_states), strict=True):
+            buffer[self.rows, :, self.slot] = new[:, :, 0]
+        keys, values = self.pairs[layer_idx]
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+    def get_seq_length(self, layer_idx: int = 0, *args) -> int:
+        return 0  # positions and masks are passed in, nothing is derived from it
+
+    def put(self, rows: Tensor, prefilled: list[tuple[Tensor, Tensor]]) -> None:
+        for buffers, new in zip(self.pairs, prefilled, strict=True):
+            for buffer, part in zip(buffers, new, strict=True):
+                buffer[rows, :, : part.shape[2]] = part
+
+    def release(self) -> None:
+        """Gives the memory back and keeps the tensors, which :meth:`restore` fills again."""
+        for pair in self.pairs:
+            for buffer in pair:
+                buffer.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        for pair in self.pairs:
+            for buffer in pair:
+                if buffer.untyped_storage().nbytes() == 0:
+                    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+                    buffer.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for pair in self.pairs for t in pair)
+
+
+@dataclass
+class State:
+    """What a step reads and writes. B rows, T response tokens, L = P + T slots."""
+
+    cache: Buffers
+    mask: Tensor  # (B, L) added to attention scores: 0 or the dtype's lowest
+    near: Tensor | None  # (B, L) the same for layers with a sliding window; None without any
+    token: Tensor  # (B, 1) the last token, whose keys are not written yet
+    position: Tensor  # (B, 1)
+    column: Tensor  # (B, 1) of the response, where the next token goes
+    finished: Tensor  # (B,)
+    uniforms: Tensor  # (B, T)
+    tokens: Tensor  # (B, T)
+    logprobs: Tensor  # (B, T)
+    sampled_logprobs: Tensor  # (B, T)
+    values: Tensor | None  # (B, T)
+
+    def outputs(self) -> dict[str, Tensor]:
+        named = {n: getattr(self, n) for n in ("tokens", "logprobs", "sampled_logprobs", "values")}
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
+
+    def changing(self) -> dict[str, Tensor]:
+        """Everything that a token changes besides keys and values."""
+        names = ("mask", "token", "position", "column", "finished", "uniforms")
+        return {**{name: getattr(self, name) for name in names}, **self.outputs()}
+
+    def rows(self, row: Tensor) -> State:
+        """A copy of some rows, to choose their next token apart from the others."""
+        some: dict[str, Any] = {name: buffer[row] for name, buffer in self.changing().items()}
+        return replace(self, **some)
+
+    def put_rows(self, row: Tensor, part: State) -> None:
+        for name, buffer in self.changing().items():
+            buffer[row] = getattr(part, name)
+
+
+def new_state(
+    like: list[tuple[Tensor, Tensor]],  # keys and values of each layer's prefill
+    batch: int,
+    prompt: int,
+    tokens: int,
+    *,
+    window: bool,
+    values: bool,
+    dtype: torch.dtype,
+) -> State:
+    """Zeroed buffers for ``batch`` rows of ``prompt`` and ``tokens`` slots."""
+    device = like[0][0].device
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return State(
+        cache=Buffers(like, batch, prompt + tokens),
+        mask=zeros(batch, prompt + tokens, dtype=dtype),
+        near=zeros(batch, prompt + tokens, dtype=dtype) if window else None,
+        token=zeros(batch, 1, dtype=torch.long),
+        position=zeros(batch, 1, dtype=torch.long),
+        column=zeros(batch, 1, dtype=torch.long),
+        finished=zeros(batch, dtype=torch.bool),
+        uniforms=zeros(batch, tokens, dtype=torch.float32),
+        tokens=zeros(batch, tokens, dtype=torch.long),
+        logprobs=zeros(batch, tokens, dtype=torch.float32),
+        sampled_logprobs=zeros(batch, tokens, dtype=torch.float32),
+        values=zeros(batch, tokens, dtype=torch.float32) if values else None,
+    )

@@ -1,0 +1,49 @@
+"""Recording a decoding step for the CPU, and whether what was recorded still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from hydra_kernels.replay import NotReplayable, Replay
+from hydra_rlhf.model import HydraModel
+
+# How far logits may be from PyTorch's when a replay is first tried, beside their largest: float32
+# sums in another order, through every layer.
+_TOLERANCE = 1e-3
+
+
+def recorded(step: Callable[[], tuple[Tensor, ...]]) -> Replay:
+    """A replay of ``step``, tried once: the first two tensors that it returns come out the same.
+
+    Raises:
+        NotReplayable: the step has no replay, or one that computes something else.
+    """
+    replay = Replay(step)
+    first = [t.clone() for t in replay.outputs[:2]]
+    replay()
+    for was, now in zip(first, replay.outputs, strict=False):
+        off, largest = float((was - now).abs().max()), float(was.abs().max())
+        if not off <= _TOLERANCE * largest:
+            raise NotReplayable(f"its replay is {off:.2g} off, of {largest:.2g}")
+    return replay
+
+
+def fingerprint(model: HydraModel) -> int:
+    """Changes where a recorded step would no longer be what the model does."""
+
+    def parts() -> Iterator[Any]:
+        for module in model.causal_lm.modules():
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    yield 0 if tensor is None else tensor.data_ptr()
+            scaling = module.__dict__.get("scaling")
+            if isinstance(scaling, dict):
+                yield tuple((name, float(scale)) for name, scale in scaling.items())
+                yield bool(getattr(module, "_disable_adapters", False))
+                yield len(getattr(module, "merged_adapters", ()))
+        yield model.config._attn_implementation
+
+    return hash(tuple(parts()))
