@@ -154,9 +154,9 @@ def test_triton_kernels_are_compiled_and_judged(tmp_path):
     code = f"""
 import sys, pathlib
 sys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPT.parent)!r}]
-import compile_check
+import compile_check, sample
 compile_check.OUT = pathlib.Path({str(ROOT)!r}) / "build" / "compile-check-test"
-compile_check.triton_modules = lambda: ["sample"]
+compile_check.triton_modules = lambda: [sample]
 jobs, rows = compile_check.triton_jobs((90,), "")
 for row in rows + [compile_check.compile_triton(job) for job in jobs]:
     print(row.kernel, row.variant, "|", "; ".join(row.errors))
