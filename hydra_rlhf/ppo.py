@@ -48,7 +48,7 @@ from hydra_rlhf.methods import MethodModels, method_from_model
 from hydra_rlhf.metrics import diagnose, to_floats
 from hydra_rlhf.model import HydraModel, Score
 from hydra_rlhf.phases import Phases
-from hydra_rlhf.processes import Processes
+from hydra_rlhf.processes import Processes, refuse_launch
 from hydra_rlhf.resume import RunState
 from hydra_rlhf.rewards import (
     AdaptiveKLController,
@@ -145,6 +145,7 @@ def train(
     if not prompts:
         raise UserError("there are no prompts to train on")
     seed_everything(config.seed)
+    refuse_launch()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     processes = Processes(accelerator)
     models = prepare_models(config, model, accelerator.device, processes.sharding)

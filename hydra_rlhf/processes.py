@@ -14,6 +14,7 @@ so is the halving; what is trained is whole everywhere and its gradients are sum
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -167,24 +168,32 @@ class Processes:
                 parameter.copy_(broadcast(parameter.detach().clone()))
 
 
-def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Raises UserError for a launch that splits or replaces the models in another way than FSDP."""
-    reason = _UNSUPPORTED.get(accelerator.distributed_type)
-    if reason is not None:
-        raise UserError(reason)
-
-
-_DEEPSPEED = (
-    "this trainer does not run under DeepSpeed: ZeRO 1 and 2 split gradients and optimizer state, "
-    "which here are those of the adapters and small; ZeRO 3 splits the weights too, as FSDP2 does "
-    "here: launch with --multi_gpu, or with --use_fsdp --fsdp_version 2"
-)
-_UNSUPPORTED = {
-    DistributedType.DEEPSPEED: _DEEPSPEED,
-    DistributedType.MEGATRON_LM: "this trainer does not run under Megatron-LM; launch with "
-    "--multi_gpu, or with --use_fsdp --fsdp_version 2 to split the base model",
-    DistributedType.XLA: "this trainer does not run under XLA: its kernels are for CPUs and CUDA",
+_REFUSED = {
+    "deepspeed": "this trainer does not run under DeepSpeed: ZeRO 1 and 2 split gradients and "
+    "optimizer state, which in PPO are those of adapters and small, and ZeRO 3 splits the weights, "
+    "as FSDP2 does here: launch with --multi_gpu, or with --use_fsdp --fsdp_version 2",
+    "megatron_lm": "this trainer does not run under Megatron-LM: launch with --multi_gpu, or with "
+    "--use_fsdp --fsdp_version 2 to split the weights",
 }
+
+
+def refuse_launch() -> None:
+    """Raises UserError where ``accelerate launch`` asked for what this trainer does not run under.
+
+    Before an Accelerator is made, which would ask for the package first.
+    """
+    for name, reason in _REFUSED.items():
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise UserError(reason)
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """The same for an Accelerator that was made elsewhere."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.XLA:
+        raise UserError("this trainer does not run under XLA: its kernels are for CPUs and CUDA")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(_REFUSED[kind.value.lower()])
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

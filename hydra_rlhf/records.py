@@ -153,15 +153,9 @@ class Tracker:
         if not resume:
             self._events = _tensorboard_writer(self.run_dir / "tensorboard")
         if log_with:
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+            from hydra_rlhf import trackers
 
-            for name in log_with:
-                if name not in LOGGER_TYPE_TO_CLASS:
-                    known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-                    raise UserError(f"unknown tracker {name!r} (known: {known})")
-                tracker = LOGGER_TYPE_TO_CLASS[name](self.run_dir.name)
-                tracker.store_init_configuration(settings)
-                self._others.append(tracker)
+            self._others = trackers.start(log_with, self.run_dir, settings or {})
 
     def log(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Record the figures of one step of ``stage``; tensors of one element are read here."""
@@ -179,7 +173,8 @@ class Tracker:
                 if value is not None:
                     self._events.add_scalar(f"{stage}/{name}", value, step)
         for tracker in self._others:
-            tracker.log({f"{stage}/{k}": v for k, v in figures.items()}, step=self._global_step)
+            said = {f"{stage}/{k}": v for k, v in figures.items() if v is not None}
+            tracker.log(said, step=self._global_step)
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]], stage: str) -> None:
         """Adds what a step sampled to samples.jsonl: a line a response, with prompt and score."""

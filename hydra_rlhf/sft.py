@@ -36,7 +36,7 @@ from hydra_rlhf.pairs import (
     encode_pairs,
     mix,
 )
-from hydra_rlhf.processes import Processes
+from hydra_rlhf.processes import Processes, refuse_launch
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 
@@ -403,8 +403,9 @@ def make_accelerator(device: str = "auto", mixed_precision: str = "no") -> Accel
     """accelerate's, on the device asked for.
 
     Raises:
-        UserError: the device is not on this machine.
+        UserError: the device is not on this machine, or the launch is one that is not supported.
     """
+    refuse_launch()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device")
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)

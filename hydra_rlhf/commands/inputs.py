@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 from accelerate import Accelerator
 
 import hydra_kernels
+from hydra_rlhf import trackers
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.records import check_run_dir, open_run_dir
 from hydra_rlhf.settings import required, setting
@@ -43,7 +43,7 @@ class OutputConfig:
     def check(self, *, resume: bool = False) -> None:
         """Raises UserError where the run could not be written or run."""
         check_run_dir(self.output_dir, overwrite=self.overwrite, resume=resume)
-        check_trackers(self.trackers)
+        trackers.check(self.trackers)
         choose_backend(self.backend)
 
 
@@ -79,19 +79,6 @@ def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
                 f"(can: {', '.join(every[op])})"
             )
     os.environ["HYDRA_BACKEND"] = name
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises UserError for a tracker that accelerate does not know or that is not installed."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    known = {str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS}
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown tracker {name!r} (known: {', '.join(sorted(known))})")
-        module = {"comet_ml": "comet_ml", "dvclive": "dvclive"}.get(name, name)
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"tracker {name!r} is not installed: pip install {module}")
 
 
 def command_line() -> str:

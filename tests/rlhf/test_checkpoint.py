@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -170,6 +171,71 @@ def test_interrupted_saves_are_not_checkpoints_and_are_swept(store):
     assert names(store) == ["step-00000001", "step-00000003"]
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name(store, monkeypatch):
+    """And the name is, before an older checkpoint goes."""
+    done = []
+
+    def note(what, function):
+        def run(*args, **kwargs):
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if what == "sync" else str(args[0])
+            done.append((what, path))
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", note("sync", os.fsync))
+    monkeypatch.setattr(os, "rename", note("rename", os.rename))
+    store.save_total_limit = 1
+    store.save(1, write())
+    done.clear()
+    store.save(2, write())
+    ((_, temporary), (_, forgotten)) = [event for event in done if event[0] == "rename"]
+    renamed = done.index(("rename", temporary))
+    written = ["actor/adapter.safetensors", checkpoint.STATE, checkpoint.MANIFEST, "actor"]
+    assert {p for w, p in done[:renamed]} == {f"{temporary}/{f}" for f in written} | {temporary}
+    assert done[renamed - 1] == ("sync", temporary)
+    assert done[renamed + 1] == ("sync", str(store.folder))
+    assert forgotten.endswith("step-00000001")
+
+
+@pytest.mark.parametrize(
+    "manifest, message",
+    [
+        ({"step": True, "files": {}}, "no step or no files"),
+        ({"step": -1, "files": {}}, "no step or no files"),
+        ({"step": 1, "files": []}, "no step or no files"),
+        ({"step": 1, "files": {"a": {"sha256": "0"}}}, "no size or no hash for 'a'"),
+        ({"step": 1, "files": {"a": {"size": 1}}}, "no size or no hash for 'a'"),
+        ({"step": 1, "files": {"a": 1}}, "no size or no hash for 'a'"),
+    ],
+)
+def test_a_manifest_that_says_too_little(manifest, message, tmp_path):
+    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, **manifest}))
+    with pytest.raises(CheckpointError, match=message):
+        verify(tmp_path)
+
+
+def test_a_checkpoint_under_the_name_of_another_step(store, caplog):
+    store.save(1, write()).rename(store.folder / "step-00000009")
+    store.save(2, write())
+    assert store.latest().step == 2
+    assert "step-00000009 is damaged and passed over: manifest.json is of another" in caplog.text
+
+
+def test_what_only_looks_like_a_checkpoint(store):
+    store.save(1, write())
+    (store.folder / "step-00000002").write_text("a file")
+    (store.folder / "step-00000003-kept").mkdir()
+    (store.folder / "my-step-00000004").mkdir()
+    assert store.latest().step == 1
+
+
+def test_a_state_that_is_no_state(tmp_path):
+    torch.save([1, 2], tmp_path / checkpoint.STATE)
+    with pytest.raises(CheckpointError, match="holds no state"):
+        checkpoint.load_state(tmp_path)
+
+
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -278,3 +344,22 @@ def test_signals_ask_once_then_act():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]])
+def test_handlers_are_put_back(signals):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with checkpoint.stop_on_signal():
+        assert signal.getsignal(signal.SIGINT) is not before[1]
+        for each in signals:
+            os.kill(os.getpid(), each)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are():
+    def run():
+        with checkpoint.stop_on_signal() as request:
+            return bool(request)
+
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(run).result() is False

@@ -19,6 +19,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.pretrained import load_causal_lm
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.schedule import minibatches, sampling_seeds
+from hydra_rlhf.sft import make_accelerator
 from tests.rlhf.families import batch, make_lm
 from tests.rlhf.test_ppo import plain_model
 from tests.rlhf.two_processes import (
@@ -223,6 +224,17 @@ def launched(kind):
 def test_refuses_what_splits_the_models_otherwise(kind, instead):
     with pytest.raises(UserError, match=instead):
         Processes(launched(kind))
+
+
+@pytest.mark.parametrize("command", ["sft", "ppo"])
+@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
+def test_a_launch_that_is_not_supported_is_named_whatever_is_installed(name, command, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.replace('-', '_').upper()}", "true")
+    with pytest.raises(UserError, match=f"not run under {name}"):
+        if command == "ppo":
+            run("hydra-ppo", 1)
+        else:
+            make_accelerator("cpu")
 
 
 @pytest.mark.parametrize(

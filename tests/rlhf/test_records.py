@@ -1,12 +1,20 @@
 """The run folder refuses what it must and records what it is given."""
 
+import importlib.machinery
+import importlib.util
 import json
 import math
+import sys
+import types
+from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
+from hydra_rlhf.commands.inputs import OutputConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.records import Tracker, check_run_dir, open_run_dir, plain, read_metrics
 
@@ -123,3 +131,130 @@ def test_config_is_plain_values(tmp_path):
         "path": str(tmp_path),
         "pair": [1, None],
     }
+
+
+# accelerate's trackers
+
+
+class Remembers(GeneralTracker):
+    """A tracker as a user would register one, which wants a folder."""
+
+    name = "remembers"
+    requires_logging_directory = True
+    made: ClassVar[list] = []
+
+    def __init__(self, run_name, logging_dir, **kwargs):
+        super().__init__()
+        self.said = [("made", run_name, logging_dir)]
+        self.made.append(self)
+
+    @property
+    def tracker(self):
+        return self.said
+
+    def start(self):
+        self.said.append(("start",))
+
+    def store_init_configuration(self, values):
+        self.said.append(("settings", values))
+
+    def log(self, values, step=None, **kwargs):
+        self.said.append(("log", step, values))
+
+    def finish(self):
+        self.said.append(("finish",))
+
+
+@pytest.fixture
+def remembers(monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "remembers", Remembers)
+    monkeypatch.setattr(Remembers, "made", [])
+    return Remembers.made
+
+
+def test_a_tracker_hears_everything_once_and_in_order(remembers, tmp_path):
+    folder = open_run_dir(tmp_path / "run")
+    settings = {"ppo": {"seed": 3, "stop": None, "layers": [1, 2]}, "output": {"dir": tmp_path}}
+    with Tracker(folder, settings, log_with=("remembers",)) as tracker:
+        tracker.log(1, {"loss": torch.tensor(0.5), "bad": math.nan}, "sft")
+        tracker.log(1, {"kl": 2}, "ppo")
+    (one,) = remembers
+    assert one.said == [
+        ("made", "run", str(folder)),
+        ("start",),
+        ("settings", {"ppo.seed": 3, "ppo.layers": "[1, 2]", "output.dir": str(tmp_path)}),
+        ("log", 1, {"sft/loss": 0.5}),
+        ("log", 2, {"ppo/kl": 2}),
+        ("finish",),
+    ]
+
+
+def test_a_tracker_goes_on_after_a_resume_at_the_step_that_is_said_again(remembers, tmp_path):
+    folder = open_run_dir(tmp_path / "run")
+    with Tracker(folder, None) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"kl": step}, "ppo")
+    with Tracker(folder, None, resume=True, log_with=("remembers",)) as tracker:
+        tracker.log(3, {"kl": 9}, "ppo")
+    assert ("log", 3, {"ppo/kl": 9}) in remembers[0].said
+
+
+def test_only_the_first_process_tracks(remembers, tmp_path):
+    with Tracker(tmp_path, None, log_with=("remembers",), is_main=False) as tracker:
+        tracker.log(1, {"loss": 1.0}, "sft")
+    assert not remembers and not list(tmp_path.iterdir())
+
+
+def test_wandb_by_accelerate(monkeypatch, tmp_path):
+    """accelerate's own tracker over a stand-in for the package."""
+    said = []
+
+    class Run:
+        def log(self, values, step=None):
+            said.append(("log", step, values))
+
+        def finish(self):
+            said.append(("finish",))
+
+    class Config:
+        def update(self, values, allow_val_change=False):
+            said.append(("config", values))
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda project, **kwargs: said.append(("init", project)) or Run()
+    wandb.config = Config()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    OutputConfig(str(tmp_path / "new"), log_with="wandb").check()
+    folder = open_run_dir(tmp_path / "my-run")
+    with Tracker(folder, {"ppo": {"seed": 3}}, log_with=("wandb",)) as tracker:
+        tracker.log(7, {"objective/kl": 0.25}, "ppo")
+    assert said == [
+        ("init", "my-run"),
+        ("config", {"ppo.seed": 3}),
+        ("log", 1, {"ppo/objective/kl": 0.25}),
+        ("finish",),
+    ]
+
+
+def test_tensorboard_by_accelerate(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is an extra"
+    )
+    folder = open_run_dir(tmp_path / "run")
+    settings = {"ppo": {"seed": 3, "stop": None, "layers": [1, 2]}}
+    with Tracker(folder, settings, log_with=("tensorboard",)) as tracker:
+        tracker.log(1, {"loss": 1.0}, "sft")
+    events = accumulator.EventAccumulator(str(folder / "run")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [("abacus", "unknown tracker 'abacus' .*wandb"), ("swanlab", "not installed: pip install sw")],
+)
+def test_a_tracker_that_cannot_be_is_refused_before_the_run(names, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        OutputConfig(str(tmp_path / "new"), log_with=names).check()
+    assert not (tmp_path / "new").exists()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from hydra_rlhf import checkpoint, ppo, update
 from hydra_rlhf.checkpoint import CheckpointStore
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.faults import Shrinking, TrainingFault
+from hydra_rlhf.faults import BadUpdates, Shrinking, TrainingFault
 from tests.rlhf.families import PROMPTS, make_tokenizer
 from tests.rlhf.test_ppo import plain_model, settings, word_reward
 
@@ -121,6 +122,15 @@ def test_refuses_another_run(tmp_path):
             run_dir=tmp_path,
             resume=True,
         )
+    with pytest.raises(UserError, match="step-00000002: it is of another model"):
+        run(tmp_path, model=plain_model(num_hidden_layers=3), max_steps=4, resume=True)
+    # A whole checkpoint by its manifest, of something that is not this trainer.
+    folder = CheckpointStore(tmp_path / "checkpoints").latest().path
+    for name in ("trained.safetensors", checkpoint.MANIFEST):
+        (folder / name).unlink()
+    checkpoint._write_manifest(folder, 2)
+    with pytest.raises(UserError, match="cannot resume from .*step-00000002.*trained.safetensors"):
+        run(tmp_path, max_steps=4, resume=True)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path, monkeypatch, caplog):
@@ -237,6 +247,31 @@ def test_out_of_memory_halves_the_microbatch(monkeypatch, caplog):
         assert message in caplog.text
     for a, b in zip(trained(small), trained(halved), strict=True):
         assert torch.equal(a, b)
+
+
+def test_bad_updates_in_a_row_are_counted_from_the_last_good_one():
+    bad = BadUpdates(limit=2)
+    figures = {"loss": torch.tensor(math.nan), "grad_norm": torch.tensor(1.0)}
+    for _ in range(3):
+        assert bad.is_bad(1, figures, {})
+        assert not bad.is_bad(1, {"loss": torch.tensor(0.5)}, {})
+    assert bad.is_bad(1, figures, {})
+    with pytest.raises(TrainingFault, match=r"not finite \(loss\) at step 1; lower"):
+        bad.is_bad(1, figures, {})  # there is no folder for the batch, and nothing says so
+
+
+def test_halves_are_rounded_up(caplog):
+    seen = []
+
+    def attempt(size):
+        seen.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    shrinking = Shrinking("per_device_train_batch_size", 5)
+    assert shrinking.run(attempt, clean_up=lambda: None) == "done"
+    assert seen == [5, 3, 2] and shrinking.size == 2
 
 
 def test_out_of_memory_with_one_sequence_is_raised():
