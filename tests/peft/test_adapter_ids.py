@@ -1,16 +1,25 @@
 """Which adapter runs on which row: in training, recomputed, compiled, and in other threads."""
 
+import sys
 import threading
 from functools import partial
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 import hydra_kernels.peft as hydra_peft
 from hydra_kernels.peft import adapter_ids
-from tests.peft.models import adapter_gradients, make_model, make_tokens
+from tests.peft.models import (
+    adapter_gradients,
+    llama_config,
+    make_config,
+    make_model,
+    make_tokens,
+)
 
 NAMES = ("one", "two")
 
@@ -113,6 +122,41 @@ def test_roles_touch_nothing_of_the_model():
             model(tokens)
     assert before == ([(p.requires_grad, p._version) for p in model.parameters()],
                       model.active_adapters)  # fmt: skip
+
+
+def calls_to_switch(layers, ids):
+    """Python and C calls that entering and leaving a role makes, whatever the machine is doing."""
+    config = llama_config()
+    config.num_hidden_layers = layers
+    model = get_peft_model(LlamaForCausalLM(config), make_config(), adapter_name="one")
+    model.add_adapter("two", make_config())
+    hydra_peft.fuse(model)
+    model.gradient_checkpointing_enable()
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def switch():
+        with adapter_ids(model, ids):
+            pass
+
+    switch()  # the first looks at every module
+    sys.setprofile(count)
+    try:
+        switch()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("ids", [1, -1, torch.tensor([0, 1, -1])], ids=str)
+def test_switching_costs_one_call_a_block_and_looks_at_no_layer(ids):
+    """PEFT's disable_adapter makes some hundred calls for each of a block's seven layers."""
+    few, many = (calls_to_switch(layers, ids) for layers in (1, 4))
+    assert few < 40
+    assert many - few <= 3  # whether its checkpointing is wrapped yet
 
 
 def test_contexts_nest_and_end_by_an_exception():
