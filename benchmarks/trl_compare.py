@@ -1,17 +1,20 @@
 """Ours and TRL's PPOTrainer on the same work, steps taken in turn.
 
-    python benchmarks/trl_compare.py --trl-python VENV/bin/python --json OUT.jsonl
+    python benchmarks/trl_compare.py --trl-python VENV/bin/python --trl011-python OLD/bin/python \\
+        --json OUT.jsonl
 
-Each side is a process with its own Python: TRL 1.12 (the last release with a PPOTrainer) lives in
-an environment of its own. A process builds its models, takes one step that does not count, and then
-one step each time it is told, so that drift and other load fall on both. Memory is the peak of its
-resident set over its resident set after the imports.
+Each side is a process with its own Python, TRL's in environments of their own: 1.12 is the last
+release with a PPOTrainer (needs the transformers of the day), 0.11.4 the last with the older one
+(ran with transformers 4.46.3, peft 0.13.2). A process builds its models, takes one step that does
+not count, and then one step each time it is told, so that drift and other load fall on all. Memory
+is the peak of its resident set over its resident set after the imports.
 
 The work: a Llama of 6 layers and width 256 with random weights, 16 prompts of 32 tokens, 64 tokens
 of response, rank 16 on all seven projections, 2 PPO epochs of 1 minibatch, float32, no
 checkpointing. Ours is hydra-ppo with the learned reward head and a critic adapter of its own. TRL's
-policy has the same adapter; its value model is a second Llama that it trains in full, and its
-reward model a third.
+policy has the same adapter. 1.12's value model is a second Llama that it trains in full, and its
+reward model a third. 0.11.4 has a value head on the policy's own trunk, so one pass gives both, its
+reference is the policy with the adapter off, and the reward model is a second Llama outside it.
 """
 
 from __future__ import annotations
@@ -121,12 +124,7 @@ def trl(steps: int) -> None:
     policy = transformers.LlamaForCausalLM(config)
     scored = transformers.LlamaConfig(**LLAMA, num_labels=1)
     value, reward = (transformers.LlamaForSequenceClassification(scored) for _ in range(2))
-    vocab = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w2"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
+    tokenizer = word_tokenizer(tokenizers, transformers)
     rows = [{"input_ids": row} for row in prompts()]
 
     class Each(transformers.TrainerCallback):
@@ -165,14 +163,67 @@ def trl(steps: int) -> None:
     trainer.train()
 
 
-WORKERS: dict[str, Callable[[int], None]] = {"ours": ours, "trl": trl}
+def trl_0_11(steps: int) -> None:
+    import peft
+    import tokenizers
+    import torch
+    import transformers
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    turns = Turns(memory_kib()["VmRSS"])
+    torch.manual_seed(0)
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    lora = peft.LoraConfig(
+        r=R, lora_alpha=R, target_modules=PROJECTIONS, task_type=peft.TaskType.CAUSAL_LM
+    )
+    model = AutoModelForCausalLMWithValueHead(peft.get_peft_model(policy, lora))
+    model.is_peft_model = True  # from_pretrained sets it, and it loads from files alone
+    reward = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**LLAMA, num_labels=1)
+    ).eval()
+    trainer = PPOTrainer(
+        config=PPOConfig(
+            batch_size=B,
+            mini_batch_size=B,
+            gradient_accumulation_steps=1,
+            ppo_epochs=EPOCHS,
+            learning_rate=1e-5,
+            init_kl_coef=0.05,
+            adap_kl_ctrl=False,
+            # float32; whether there is a GPU, other releases of accelerate decide
+            accelerator_kwargs={"cpu": True},
+        ),
+        model=model,
+        tokenizer=word_tokenizer(tokenizers, transformers),
+    )
+    queries = [torch.tensor(row) for row in prompts()]
+    sampling = dict(min_new_tokens=T, max_new_tokens=T, do_sample=True, top_k=0, top_p=1.0)
+    for _ in range(steps):
+        responses = trainer.generate(queries, batch_size=B, return_prompt=False, **sampling)
+        with torch.no_grad():
+            whole = torch.stack([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
+            scores = list(reward(whole, attention_mask=torch.ones_like(whole)).logits[:, 0])
+        trainer.step(queries, list(responses), scores)
+        turns.step_done()
+
+
+def word_tokenizer(tokenizers: Any, transformers: Any) -> Any:
+    vocab = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w2"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+WORKERS: dict[str, Callable[[int], None]] = {"ours": ours, "trl": trl, "trl011": trl_0_11}
 
 
 class Side:
     """A process that takes steps when it is told."""
 
     def __init__(self, name: str, python: str, steps: int, threads: int):
-        self.name = name
+        self.name, self.python = name, python
         self.seconds: list[float] = []
         self.peak_mib = 0.0
         self.process = subprocess.Popen(
@@ -213,6 +264,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=tuple(WORKERS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--trl-python", help="Python of an environment with trl==1.12.0")
+    parser.add_argument("--trl011-python", help="Python of an environment with trl==0.11.4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="append the records, one a line")
@@ -220,12 +272,14 @@ def main() -> None:
     if args.worker:
         WORKERS[args.worker](args.steps)
         return
-    if not args.trl_python:
-        parser.error("--trl-python is needed")
+    pythons = {"ours": sys.executable, "trl": args.trl_python, "trl011": args.trl011_python}
     sides = [
         Side(name, python, args.rounds + 1, args.threads)
-        for name, python in (("ours", sys.executable), ("trl", args.trl_python))
+        for name, python in pythons.items()
+        if python
     ]
+    if len(sides) < 2:
+        parser.error("give --trl-python, --trl011-python or both")
     for side in sides:
         side.answer()  # the first step does not count
     for _ in range(args.rounds):
@@ -244,23 +298,18 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
     from benchmarks.measure import quantile
 
     torch.set_num_threads(args.threads)
-    ask = "import trl; print(trl.__version__)"
-    version = subprocess.run(
-        [args.trl_python, "-c", ask], capture_output=True, text=True, check=True
-    ).stdout.strip()
     shape = Shape({"B": B, "P": P, "T": T, "R": R, "E": EPOCHS, "V": VOCAB}, "against TRL")
-    base = sides[1]
+    ours = sides[0]
     for side in sides:
         seconds = statistics.median(side.seconds)
         figures = {
-            "time_over_trl": seconds / statistics.median(base.seconds),
-            "memory_over_trl": side.peak_mib / base.peak_mib,
+            "time_of_ours_over_this": statistics.median(ours.seconds) / seconds,
+            "memory_of_ours_over_this": ours.peak_mib / side.peak_mib,
         }
-        name = "hydra-ppo" if side.name == "ours" else f"trl {version}"
         record = Record.of(
             "trl_compare",
             "step",
-            name,
+            "hydra-ppo" if side is ours else f"trl {version_of(side.python)}",
             shape,
             torch.float32,
             "cpu",
@@ -273,12 +322,19 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
             figures=figures,
         )
         print(
-            f"{name}: {seconds:.2f} s a step ({figures['time_over_trl']:.2f} of TRL's), "
-            f"{side.peak_mib:.0f} MiB above imports ({figures['memory_over_trl']:.2f})"
+            f"{record.backend}: {seconds:.2f} s a step, {side.peak_mib:.0f} MiB above imports; "
+            f"ours over it: {figures['time_of_ours_over_this']:.2f} in time, "
+            f"{figures['memory_of_ours_over_this']:.2f} in memory"
         )
         if args.json:
             with args.json.open("a") as out:
                 out.write(record_line(record) + "\n")
+
+
+def version_of(python: str) -> str:
+    ask = "import trl; print(trl.__version__)"
+    found = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
 
 
 def record_line(record: Any) -> str:
