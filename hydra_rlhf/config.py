@@ -253,6 +253,12 @@ class PPOConfig(LoraSettings):
         "while the rows fit local_rollout_forward_batch_size. [ours]",
         choices=("auto", "yes", "no"),
     )
+    keep_scoring_pass: bool = _field(
+        True,
+        "Where a rollout is one minibatch of one microbatch, the critic's scoring pass (with a "
+        "joint adapter the actor's too) is kept with its gradients, and the first epoch makes no "
+        "forward pass of its own. Off under autocast and where weights are split. [ours]",
+    )
     share_prefix: bool = _field(
         True,
         "Run the blocks below the first adapted one once a rollout, for all roles, epochs and "

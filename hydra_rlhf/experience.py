@@ -37,7 +37,10 @@ class PromptLike(Protocol):
 
 @dataclass
 class Experience:
-    """A scored rollout, ready for updates. All (B, T) float32, 0 where masked."""
+    """A scored rollout, ready for updates. All (B, T) float32, 0 where masked.
+
+    ``kept`` is a scoring pass with its graph, which stands for the first epoch's forward pass.
+    """
 
     rollout: Rollout
     old_logprobs: Tensor
@@ -45,6 +48,17 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     prefixes: dict[int, Prefix]
+    kept: Score | None = None
+
+    def take_kept(self, index: Tensor) -> Score | None:
+        """The kept pass, in the order of ``index``, and nothing from then on.
+
+        None also where ``index`` is not the whole rollout: then the pass is let go.
+        """
+        kept, self.kept = self.kept, None
+        if kept is None or len(index) != len(self.rollout):
+            return None
+        return Score(**{n: v[index] for n, v in kept._asdict().items() if v is not None})
 
     def tensors(self, rows: Tensor) -> dict[str, Tensor]:
         """What some sequences were trained on, to be written to a file."""
@@ -194,14 +208,18 @@ def score(
     processes: Processes,
     *,
     use_head: bool = True,
-) -> Score:
-    """Everything a rollout needs, a few sequences at a time. Without gradient."""
+    keep: Sequence[str] = (),
+) -> tuple[Score, Score | None]:
+    """Everything a rollout needs, a few sequences at a time. Without gradient.
+
+    The second is the pass of the roles to ``keep``, with its graph, where it was made in one.
+    """
     roles = scored_roles(config, use_head)
 
-    def attempt(size: int, most: int | None = None) -> Score:
-        return score_by(size, config, models, rollout, prefixes, roles, most=most)
+    def attempt(size: int, most: int | None = None) -> tuple[Score, Score | None]:
+        return score_keeping(size, config, models, rollout, prefixes, roles, keep, most=most)
 
-    scored = scoring.run(
+    scored, kept = scoring.run(
         attempt,
         clean_up=lambda: None,
         processes=processes,
@@ -211,7 +229,44 @@ def score(
         scored = scored._replace(logprobs=rollout.logprobs)
     if config.rollout_logprobs == "check":
         check_rollout_logprobs(rollout, scored, config.rollout_logprobs_tolerance)
-    return scored
+    return scored, kept
+
+
+def kept_roles(config: PPOConfig, models: MethodModels, critic_only: bool = False) -> list[str]:
+    """Roles whose scoring pass can stand for the first epoch's forward pass.
+
+    Never two passes: the graph of one is what the update holds at a time anyway.
+    """
+    one = config.num_mini_batches == config.gradient_accumulation_steps == 1
+    # Autocast keeps weights that it has cast without gradient, and would use them again.
+    if not (config.keep_scoring_pass and one and config.mixed_precision == "no"):
+        return []
+    if not models.joint:
+        return ["critic"]
+    exact = config.kl_estimator == "exact"  # needs actor and reference in one call
+    return [] if critic_only or exact or config.detach_values else ["actor", "critic"]
+
+
+def score_keeping(
+    size: int,
+    config: PPOConfig,
+    models: MethodModels,
+    rollout: Rollout,
+    prefixes: dict[int, Prefix],
+    roles: Sequence[str],
+    keep: Sequence[str],
+    *,
+    most: int | None = None,
+) -> tuple[Score, Score | None]:
+    """:func:`score_by`, the roles to ``keep`` last and with gradients if all fit in one pass."""
+    if not keep or size < len(rollout):
+        return score_by(size, config, models, rollout, prefixes, roles, most=most), None
+    rest = [role for role in roles if role not in keep]
+    scored = score_by(size, config, models, rollout, prefixes, rest, most=most)
+    with torch.enable_grad():
+        kept = score_by(size, config, models, rollout, prefixes, keep, most=most)
+    found = {n: v.detach() for n, v in kept._asdict().items() if v is not None}
+    return scored._replace(**found), kept
 
 
 def score_by(
@@ -240,7 +295,7 @@ def score_by(
                 batched=config.batched_score == "yes" or (config.batched_score == "auto" and fits),
                 reuse_reference_reward=config.reuse_reference_reward,
                 temperature=config.temperature,
-                kl=config.kl_estimator == "exact",
+                kl=config.kl_estimator == "exact" and "reference" in roles,
                 entropy=True,
                 prefixes={i: prefix.rows(rows) for i, prefix in prefixes.items()},
             )

@@ -113,7 +113,8 @@ def plan(
     ledger.restart(prefix_chunk)
     with torch.no_grad(), ledger:
         size = config.local_rollout_forward_batch_size
-        experience.score_by(size, config, models, rollout, prefixes, ROLES)
+        keep = experience.kept_roles(config, models)
+        experience.score_keeping(size, config, models, rollout, prefixes, ROLES, keep)
     score_peak = ledger.peak - prefix_chunk
     del prefixes
     update_peak = _update_peak(config, models, prompt_length)

@@ -91,6 +91,7 @@ class MethodModels:
         *,
         updates: float,
         updated: Sequence[str] = ("actor", "critic"),
+        kept: Sequence[str] = (),
         reuse: bool = True,
     ) -> dict[str, float]:
         """What the shared prefixes of a rollout saved, in passes through the blocks below them.
@@ -100,6 +101,7 @@ class MethodModels:
             roles: That were scored.
             updates: Passes over the rollout that the update made, its epochs.
             updated: Roles that it ran.
+            kept: Roles whose pass in scoring was also their first one of the update.
             reuse: Whether reference and reward shared a pass anyway.
 
         Returns:
@@ -115,7 +117,8 @@ class MethodModels:
                 continue
             scoring = model.num_passes([r for r in roles if played.get(r) is model], reuse=reuse)
             updating = model.num_passes([r for r in updated if played.get(r) is model])
-            avoided = scoring + updates * updating - 1  # one computed it
+            twice = model.num_passes([r for r in kept if played.get(r) is model])
+            avoided = scoring + updates * updating - twice - 1  # one computed it
             batch, length = prefix.hidden.shape[:2]
             below = blocks(model.trunk)[: prefix.layer]
             saved["flops"] += avoided * flops(model.trunk, 0, prefix.layer, batch, length)

@@ -36,6 +36,7 @@ from hydra_rlhf.experience import (
     PromptLike,
     Sampler,
     context_limit,
+    kept_roles,
     make_experience,
     sample,
     score,
@@ -264,7 +265,17 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with phases("score"), run.accelerator.autocast(), torch.no_grad():
         prefixes = shared_prefixes(config, models, rollout)
         use_head = run.reward_fn is None
-        scored = score(config, models, rollout, prefixes, run.scoring, processes, use_head=use_head)
+        keep = passes_to_keep(run, step)
+        scored, graph = score(
+            config,
+            models,
+            rollout,
+            prefixes,
+            run.scoring,
+            processes,
+            use_head=use_head,
+            keep=keep,
+        )
         if run.reward_fn is not None:
             raw = call_reward_fn(
                 run.reward_fn, rollout.prompts, rollout.responses, rollout.columns, rollout.device
@@ -290,11 +301,15 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         experience, metrics = make_experience(
             config, rollout, scored, shaped, kl_coef, prefixes, processes
         )
+        keep = keep if graph is not None else []
+        experience.kept = graph
+        del graph  # the experience alone holds its activations, and lets go of them
     # 5. Update: num_ppo_epochs passes over shuffled minibatches.
     with phases("update"):
         metrics |= update(run, step, experience)
     if prefixes:
-        metrics |= saved_by_prefixes(run, step, prefixes, metrics["policy/updates_skipped"])
+        skipped = metrics["policy/updates_skipped"]
+        metrics |= saved_by_prefixes(run, step, prefixes, skipped, keep)
     # 6. Adjust the KL coefficient, evaluate.
     metrics["objective/kl_coef"] = kl_coef
     run.state.kl_controller.update(metrics["objective/kl"], len(batch))
@@ -360,11 +375,22 @@ def check_lengths(config: PPOConfig, models: MethodModels) -> None:
         )
 
 
+# 3. Score
+
+
+def passes_to_keep(run: Run, step: int) -> list[str]:
+    """Roles whose scoring pass the first epoch of this step can take over."""
+    config = run.state.config
+    if run.state.processes.sharding is not None or run.microbatch.size < config.local_batch_size:
+        return []
+    return kept_roles(config, run.state.models, step <= config.critic_warmup_steps)
+
+
 # 6. Report
 
 
 def saved_by_prefixes(
-    run: Run, step: int, prefixes: dict[int, Prefix], skipped: float
+    run: Run, step: int, prefixes: dict[int, Prefix], skipped: float, kept: Sequence[str]
 ) -> dict[str, float]:
     """What this process did not compute and read again, thanks to the shared prefixes."""
     config = run.state.config
@@ -373,6 +399,7 @@ def saved_by_prefixes(
         scored_roles(config, run.reward_fn is None),
         updates=config.num_ppo_epochs - skipped / config.num_mini_batches,
         updated=("critic",) if step <= config.critic_warmup_steps else ("actor", "critic"),
+        kept=kept,
         reuse=config.reuse_reference_reward,
     )
 

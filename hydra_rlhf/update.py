@@ -138,12 +138,19 @@ def ppo_losses(
     """Yields (loss, metrics) of each forward pass of a microbatch, to be sent back one by one.
 
     A joint adapter makes one pass with the combined loss. Else the critic's pass comes after the
-    actor's activations are gone, and each loss reaches only its own set.
+    actor's activations are gone, and each loss reaches only its own set. A pass that scoring kept
+    comes first, so that its activations go before others come.
     """
     batch = experience.rollout.rows(index)
     prefixes = {i: prefix.rows(rows) for i, prefix in experience.prefixes.items()}
 
+    kept = experience.take_kept(index)
+
     def forward(*roles: str, **kwargs) -> Score:
+        nonlocal kept
+        if kept is not None:
+            given, kept = kept, None
+            return given
         with accelerator.autocast():
             return models.score(
                 batch.query_responses,
@@ -194,14 +201,13 @@ def ppo_losses(
         out = loss_of(new)
         yield out.loss, policy_figures(out, new) | value_figures(out)
         return
-    if not critic_only:
-        new = forward("actor")
+    order = ("actor", "critic") if kept is None else ("critic", "actor")
+    for role in ("critic",) if critic_only else order:
+        # A joint adapter is the policy: while only the critic learns, only its head does.
+        new = forward(role, detach_values=models.joint and critic_only)
         out = loss_of(new)
-        yield out.loss, policy_figures(out, new)
+        yield out.loss, policy_figures(out, new) if role == "actor" else value_figures(out)
         del new, out
-    # A joint adapter is the policy: while only the critic learns, only its head does.
-    out = loss_of(forward("critic", detach_values=models.joint and critic_only))
-    yield out.loss, value_figures(out)
 
 
 def clip_gradients(
