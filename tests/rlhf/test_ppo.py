@@ -236,52 +236,6 @@ def test_ways_to_save_change_nothing(method, changes):
         torch.testing.assert_close(theirs[name], parameter, atol=5e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "saved"),
-    [
-        ("ppo", {}, 1),
-        ("lora-ppo", {"gradient_checkpointing": True}, 1),
-        ("hydra-ppo", {}, 1),
-        ("hydra-ppo", {"kl_estimator": "exact"}, 1),
-        ("hydra-ppo", {"lora_last_k": 1, "critic_warmup_steps": 1}, 1),
-        ("j-hydra-ppo", {}, 1),
-        ("j-hydra-ppo", {"rollout_logprobs": "reuse"}, 1),
-        # Passes that are not the update's: of halves, without reference, with a head alone.
-        ("hydra-ppo", {"local_rollout_forward_batch_size": 2}, 0),
-        ("hydra-ppo", {"gradient_accumulation_steps": 2}, 0),
-        ("j-hydra-ppo", {"kl_estimator": "exact"}, 0),
-        ("j-hydra-ppo", {"critic_warmup_steps": 1}, 0),
-    ],
-)
-def test_a_kept_scoring_pass_is_the_first_epochs(monkeypatch, method, changes, saved):
-    """One pass fewer, the same numbers (sums over rows come in another order)."""
-    changes = {"max_steps": 1, "num_mini_batches": 1, "batched_score": "no"} | changes
-    calls = []
-    real = HydraModel.hidden
-
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(HydraModel, "hidden", counted)
-    passes, found = [], []
-    for keep in (False, True):
-        calls.clear()
-        result = run(settings(method=method, keep_scoring_pass=keep, **changes))
-        passes.append(len(calls))
-        trained = [*result.models.actor_parameters(), *result.models.critic_parameters()]
-        found.append((numbers(result)[0], [p.detach() for p in trained]))
-    assert passes[0] - passes[1] == saved
-    (without, expected), (kept, parameters) = found
-    prefix = "reuse/prefix_flops_saved" in kept
-    for name in without:
-        if not name.startswith("reuse/"):
-            assert kept[name] == pytest.approx(without[name], rel=1e-3, abs=1e-5), name
-    assert not prefix or kept["reuse/prefix_flops_saved"] < without["reuse/prefix_flops_saved"]
-    for a, b in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
-
-
 def test_exact_kl_of_two_models_and_of_one():
     """The chunked KL over two heads is the fused one over one head."""
     inputs = batch()
