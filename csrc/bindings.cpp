@@ -24,9 +24,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_sums_cpu", &hydra::cpu::linear_logprob_sums, release_gil());
   m.def("linear_logprob_finish_cpu", &hydra::cpu::linear_logprob_finish, release_gil());
   m.def("linear_logprob_grads_cpu", &hydra::cpu::linear_logprob_grads, release_gil());
-  m.def("lora_linear_shrink_cpu", &hydra::cpu::lora_linear_shrink, release_gil());
-  m.def("lora_linear_expand_cpu", &hydra::cpu::lora_linear_expand, release_gil());
-  m.def("lora_linear_outer_cpu", &hydra::cpu::lora_linear_outer, release_gil());
+  m.def("lora_linear_fwd_cpu", &hydra::cpu::lora_linear_fwd, release_gil());
+  m.def("lora_linear_bwd_cpu", &hydra::cpu::lora_linear_bwd, release_gil());
+  m.def("lora_linear_merge_cpu", &hydra::cpu::lora_linear_merge, release_gil());
+  m.def("lora_linear_only_id_cpu", &hydra::cpu::lora_linear_only_id, release_gil());
   m.def("replay_cpu", &hydra::cpu::replay, release_gil());
 
 #ifdef HYDRA_WITH_CUDA

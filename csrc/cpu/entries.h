@@ -55,20 +55,31 @@ void linear_logprob_grads(
     std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t norms,
     std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride);
 
-// False, and s untouched, where every row is off.
-bool lora_linear_shrink(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_cols,
-    std::int64_t ldx, const std::vector<std::int64_t>& factors, const std::vector<double>& scales,
-    bool factors_are_bf16, std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters,
-    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t s);
-void lora_linear_expand(
-    std::uintptr_t s, std::int64_t num_rows, std::int64_t num_cols,
-    const std::vector<std::int64_t>& factors, bool factors_are_bf16, std::uintptr_t bias,
-    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t y, bool y_is_bf16);
-void lora_linear_outer(
-    std::uintptr_t s, std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows,
-    std::int64_t num_cols, std::int64_t ldx, const std::vector<std::int64_t>& grads, double dropout,
-    std::int64_t seed, std::int64_t offset);
+// The adapters' part of y, or bias, into every y; false, and nothing written, where every row is off.
+// Adapters and projections are flattened as csrc/cpu/lora_layout.h says.
+bool lora_linear_fwd(
+    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, bool adapters_are_bf16,
+    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
+    std::int64_t saved_rows, std::int64_t saved_stride);
+// The adapters' part of dx and their gradients; false, and nothing written, where every row is off.
+bool lora_linear_bwd(
+    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, bool adapters_are_bf16,
+    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
+    std::int64_t saved_rows, std::int64_t saved_stride, std::uintptr_t dx);
+// out (N, K) = W + the sum of scale B A, all float32.
+void lora_linear_merge(
+    std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,
+    std::int64_t num_inputs, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, std::uintptr_t out);
+// The id that all have, -1 where there are none, -2 where they differ.
+std::int64_t lora_linear_only_id(
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters);
 
 
 // Runs the instructions of hydra_kernels/replay; table holds the storages' addresses.

@@ -1,765 +1,633 @@
-// The small products of a LoRA layer, each in one pass over its wide operand:
+// The adapters of LoRA layers, in one pass over the wide matrices each way; the wide products are
+// torch's, added to what is written here.
 //
-//   shrink: s = gate * (drop(x) F)         x (M, C), F (C, R), s (M, R)
-//   expand: y = drop(s F^T) + bias         F (C, R), y (M, C)
-//   outer:  G = s^T drop(x)                G (R, C)
+//   forward:  s = gate * (drop(x) A^T), y = s B^T + bias
+//   backward: ds = gate * (dy B), dB = dy^T s, dA = ds^T drop(x), dx = drop(ds A)
 //
-// C columns are a layer's inputs (F = A^T) or its outputs (F = B). The wide products are torch's.
-// drop() zeroes what Philox says, drawn again in every pass; its factor 1 / (1 - p) is in the gate.
+// 64 rows at a time, all of one class (lora_layout.h), go through every product while they are in
+// the cache: x and dy are read from memory once, and a dropout mask is drawn once. The factor
+// 1 / (1 - p) of dropout is in the gate.
+//
 // Everything is multiplied and summed in float32, whatever comes in, in an order that the number of
-// threads does not change: sums of at most kDepth products, added up in order.
+// threads does not change: gradients are sums over chunks of rows, added up in the chunks' order.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/entries.h"
-#include "cpu/multiversion.h"
-#ifdef HYDRA_X86_LEVELS
-#include <immintrin.h>
-#endif
-#include "hydra/philox.h"
+#include "cpu/lora_dropout.h"
+#include "cpu/lora_layout.h"
+#include "cpu/lora_panels.h"
+#include "cpu/parallel.h"
 
 namespace hydra::cpu {
 namespace {
 
-constexpr int kDepth = 256;    // columns of x that are multiplied from one buffer
-constexpr int kRowBlock = 96;  // rows of y for which a panel of F stays in the L1 cache
-constexpr int kSumRows = 128;  // rows of x that outer() multiplies from one buffer
-constexpr std::int64_t kParallel = 1 << 20;  // multiply-adds below which threads cost more
+using namespace lora;
 
-#define HYDRA_INLINE inline __attribute__((always_inline))
+constexpr std::int64_t kChunkRows = 256;         // rows whose gradients are summed up on their own
+constexpr std::int64_t kParallelWork = 1 << 20;  // multiply-adds below which threads cost more
 
-struct Factor {
-  const void* at;
-  std::int64_t rank, stride_rank, stride_col, owner;
-  float scale;
+struct Call {
+  std::int64_t num_rows, num_inputs, x_stride;
+  std::vector<Adapter> adapters;
+  std::vector<Projection> projections;
+  bool adapters_are_bf16;
+  Dropout dropout;
+  Layout layout;
+  // The first rows' s, kept by forward for backward: (saved_rows, saved_stride).
+  float* saved;
+  std::int64_t saved_rows, saved_stride;
+
+  std::int64_t groups() const { return (num_inputs + 7) / 8; }
+  bool parallel() const {
+    return layout.first_off * num_inputs * layout.most_ranks > kParallelWork;
+  }
 };
 
-struct Dropout {
-  std::uint64_t threshold, seed, offset;  // threshold 0: nothing is dropped
+// ---- packing the factors that rows need, all columns in parallel
+
+struct Pack {
+  Class* of;
+  std::ptrdiff_t projection;  // -1: A
+  std::int64_t col;
 };
 
-// ---- vectors: W floats, loaded and stored wherever they lie
-
-template <int W>
-struct Vector {
-  typedef float type __attribute__((vector_size(W * sizeof(float))));
-  typedef float loose __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
-};
-
-// By reference: a vector that a function takes or gives by value has another ABI on each level.
-template <int W>
-HYDRA_INLINE void load(typename Vector<W>::type& v, const float* p) {
-  v = *reinterpret_cast<const typename Vector<W>::loose*>(p);
-}
-
-template <int W>
-HYDRA_INLINE void store(float* p, const typename Vector<W>::type& v) {
-  *reinterpret_cast<typename Vector<W>::loose*>(p) = v;
-}
-
-template <int W>
-HYDRA_INLINE void add(float* p, const typename Vector<W>::type& v) {
-  *reinterpret_cast<typename Vector<W>::loose*>(p) += v;
-}
-
-// ---- rows in float32 and back
-
-HYDRA_INLINE void widen(const float* from, std::int64_t n, float* to) {
-  std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
-}
-
-HYDRA_INLINE void widen(const std::uint16_t* from, std::int64_t n, float* to) {
-  auto* bits = reinterpret_cast<std::uint32_t*>(to);
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) bits[i] = static_cast<std::uint32_t>(from[i]) << 16;
-}
-
-HYDRA_INLINE void narrow(const float* from, std::int64_t n, float* to) {
-  std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
-}
-
-HYDRA_INLINE void narrow(const float* from, std::int64_t n, std::uint16_t* to) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    to[i] = static_cast<std::uint16_t>(nan ? 0x7FC0u : rounded);
-  }
-}
-
-// ---- dropout
-
-constexpr int kLanes = 64;  // groups of eight columns drawn at once
-
-// Where a tile lies in the matrix: its columns are `col` on, a multiple of 8, of rows `row` on, of
-// which the last is repeated past the end.
-struct Place {
-  std::int64_t row, last_row, col, num_cols;
-};
-
-struct Lanes {
-  std::uint32_t low[kLanes], high[kLanes], drawn[4 * kLanes];
-};
-
-HYDRA_INLINE void count_groups(const Place& at, int first, int rows, int groups, Lanes& lanes) {
-  for (int i = 0; i < rows; ++i) {
-    const std::int64_t row = std::min(at.row + first + i, at.last_row);
-    const auto base = static_cast<std::uint64_t>(row * ((at.num_cols + 7) / 8) + at.col / 8);
-    const auto low = static_cast<std::uint32_t>(base);
-    const auto high = static_cast<std::uint32_t>(base >> 32);
-    for (int g = 0; g < groups; ++g) {
-      const std::uint32_t sum = low + static_cast<std::uint32_t>(g);
-      lanes.low[i * groups + g] = sum;
-      lanes.high[i * groups + g] = high + (sum < low);
+std::vector<Pack> plan_packs(
+    Call& call, bool a_narrow, bool a_wide, bool b_narrow, bool b_wide, Arena& arena) {
+  std::vector<Pack> packs;
+  for (Class& c : call.layout.classes) {
+    if (c.num_rows == 0) continue;
+    if (a_narrow || a_wide) {
+      make_packed(c.a, call.num_inputs, c.num_ranks, a_narrow, a_wide, arena);
+      for (std::int64_t col = 0; col < call.num_inputs; col += kCols) packs.push_back({&c, -1, col});
     }
-  }
-}
-
-HYDRA_INLINE void draw(Lanes& lanes, const Dropout& d) {
-  const auto c2 = static_cast<std::uint32_t>(d.offset);
-  const auto c3 = static_cast<std::uint32_t>(d.offset >> 32);
-  const auto k0 = static_cast<std::uint32_t>(d.seed);
-  const auto k1 = static_cast<std::uint32_t>(d.seed >> 32);
-#pragma omp simd
-  for (int g = 0; g < kLanes; ++g) {
-    const PhiloxWords words = philox_words(lanes.low[g], lanes.high[g], c2, c3, k0, k1);
-    lanes.drawn[4 * g] = words.at[0];
-    lanes.drawn[4 * g + 1] = words.at[1];
-    lanes.drawn[4 * g + 2] = words.at[2];
-    lanes.drawn[4 * g + 3] = words.at[3];
-  }
-}
-
-HYDRA_INLINE void select(float* row, int width, const std::uint32_t* drawn, const Dropout& d) {
-  const auto last_dropped = static_cast<std::uint16_t>(d.threshold - 1);
-  for (int c = 0; c < width; ++c) {
-    const auto half = static_cast<std::uint16_t>(drawn[c / 2] >> (c % 2 * 16));
-    row[c] = half > last_dropped ? row[c] : 0.0f;
-  }
-}
-
-#ifdef HYDRA_X86_LEVELS
-// GCC multiplies 64-bit lanes here (vpmullq, three times the work); this is vpmuludq, which is what
-// the 32-bit words need. Four vectors at once, since one round waits for the one before.
-HYDRA_TARGET_V4 inline void draw_v4(Lanes& lanes, const Dropout& d) {
-  constexpr int kVectors = kLanes / 16;
-  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  __m512i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    c0[v] = _mm512_loadu_si512(lanes.low + 16 * v);
-    c1[v] = _mm512_loadu_si512(lanes.high + 16 * v);
-    c2[v] = _mm512_set1_epi32(static_cast<int>(d.offset));
-    c3[v] = _mm512_set1_epi32(static_cast<int>(d.offset >> 32));
-  }
-  auto k0 = static_cast<std::uint32_t>(d.seed), k1 = static_cast<std::uint32_t>(d.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(k0));
-    const __m512i key1 = _mm512_set1_epi32(static_cast<int>(k1));
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512i even0 = _mm512_mul_epu32(c0[v], m0);
-      const __m512i odd0 = _mm512_mul_epu32(_mm512_srli_epi64(c0[v], 32), m0);
-      const __m512i even1 = _mm512_mul_epu32(c2[v], m1);
-      const __m512i odd1 = _mm512_mul_epu32(_mm512_srli_epi64(c2[v], 32), m1);
-      const __m512i high0 = _mm512_mask_shuffle_epi32(odd0, 0x5555, even0, _MM_PERM_DDBB);
-      const __m512i high1 = _mm512_mask_shuffle_epi32(odd1, 0x5555, even1, _MM_PERM_DDBB);
-      c0[v] = _mm512_ternarylogic_epi32(high1, c1[v], key0, 0x96);  // exclusive or of the three
-      c2[v] = _mm512_ternarylogic_epi32(high0, c3[v], key1, 0x96);
-      c1[v] = _mm512_mask_shuffle_epi32(even1, 0xAAAA, odd1, _MM_PERM_CCAA);
-      c3[v] = _mm512_mask_shuffle_epi32(even0, 0xAAAA, odd0, _MM_PERM_CCAA);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    // Four vectors of one word of each lane become the four words of lane after lane.
-    const __m512i a = _mm512_unpacklo_epi32(c0[v], c1[v]), b = _mm512_unpackhi_epi32(c0[v], c1[v]);
-    const __m512i e = _mm512_unpacklo_epi32(c2[v], c3[v]), f = _mm512_unpackhi_epi32(c2[v], c3[v]);
-    const __m512i lane0 = _mm512_unpacklo_epi64(a, e), lane1 = _mm512_unpackhi_epi64(a, e);
-    const __m512i lane2 = _mm512_unpacklo_epi64(b, f), lane3 = _mm512_unpackhi_epi64(b, f);
-    const __m512i p = _mm512_shuffle_i32x4(lane0, lane1, 0x44);  // lanes 0 4 1 5
-    const __m512i q = _mm512_shuffle_i32x4(lane2, lane3, 0x44);  // lanes 2 6 3 7
-    const __m512i r = _mm512_shuffle_i32x4(lane0, lane1, 0xEE);  // lanes 8 12 9 13
-    const __m512i t = _mm512_shuffle_i32x4(lane2, lane3, 0xEE);  // lanes 10 14 11 15
-    std::uint32_t* to = lanes.drawn + 64 * v;
-    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(p, q, 0x88));
-    _mm512_storeu_si512(to + 16, _mm512_shuffle_i32x4(p, q, 0xDD));
-    _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(r, t, 0x88));
-    _mm512_storeu_si512(to + 48, _mm512_shuffle_i32x4(r, t, 0xDD));
-  }
-}
-
-HYDRA_TARGET_V4 inline void select_v4(
-    float* row, int width, const std::uint32_t* drawn, const Dropout& d) {
-  const __m256i last_dropped = _mm256_set1_epi16(static_cast<short>(d.threshold - 1));
-  for (int c = 0; c < width; c += 16) {
-    const auto inside = static_cast<__mmask16>(width - c >= 16 ? 0xFFFF : (1 << (width - c)) - 1);
-    const auto* halves = reinterpret_cast<const __m256i*>(drawn + c / 2);
-    const __mmask16 kept = _mm256_cmpgt_epu16_mask(_mm256_loadu_si256(halves), last_dropped);
-    _mm512_mask_storeu_ps(row + c, inside, _mm512_maskz_loadu_ps(inside & kept, row + c));
-  }
-}
-#endif
-
-// Zeroes what is dropped of tile (rows, ld).
-template <bool kV4>
-HYDRA_INLINE void drop(
-    float* tile, std::int64_t ld, int rows, int width, const Place& at, const Dropout& d) {
-  const int groups = (width + 7) / 8;  // of a row; at most kLanes
-  const int rows_at_once = kLanes / groups;
-  Lanes lanes = {};
-  for (int start = 0; start < rows; start += rows_at_once) {
-    const int here = std::min(rows_at_once, rows - start);
-    count_groups(at, start, here, groups, lanes);
-#ifdef HYDRA_X86_LEVELS
-    if constexpr (kV4) draw_v4(lanes, d);
-#endif
-    if constexpr (!kV4) draw(lanes, d);
-    for (int i = 0; i < here; ++i) {
-      float* row = tile + (start + i) * ld;
-      const std::uint32_t* drawn = lanes.drawn + i * groups * 4;
-#ifdef HYDRA_X86_LEVELS
-      if constexpr (kV4) select_v4(row, width, drawn, d);
-#endif
-      if constexpr (!kV4) select(row, width, drawn, d);
-    }
-  }
-}
-
-// ---- kernels: W floats a vector, NV vectors a block, MR rows at once
-
-template <class T, int W, int MR, int NV, bool kV4>
-struct Kernels {
-  using V = typename Vector<W>::type;
-  static constexpr int kBlock = W * NV;
-
-  // total[i] += rows[i] panel, for MR rows; panel (depth, kBlock)
-  static HYDRA_INLINE void multiply(
-      const float* rows, const float* panel, int depth, float* total) {
-    V sum[MR][NV] = {};
-    for (int k = 0; k < depth; ++k) {
-      V f[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) load<W>(f[v], panel + k * kBlock + v * W);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[i][v] += rows[i * kDepth + k] * f[v];
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        add<W>(total + i * kBlock + v * W, sum[i][v]);
+    c.b.resize(call.projections.size());
+    for (std::size_t p = 0; p < c.b.size() && (b_narrow || b_wide); ++p) {
+      const std::int64_t n = call.projections[p].num_outputs;
+      make_packed(c.b[p], n, c.ranks[p].count, b_narrow, b_wide, arena);
+      for (std::int64_t col = 0; col < n; col += kCols) {
+        packs.push_back({&c, static_cast<std::ptrdiff_t>(p), col});
       }
     }
   }
+  return packs;
+}
 
-  // Rows m .. m + MR of s; panels (blocks, C, kBlock), gate (MR, blocks * kBlock).
-  static HYDRA_INLINE void shrink(
-      const T* x, std::int64_t ldx, std::int64_t num_cols, std::int64_t m, int rows,
-      const float* panels, int num_blocks, const Dropout& d, float* buffer, float* total) {
-    std::memset(total, 0, sizeof(float) * static_cast<std::size_t>(MR * num_blocks * kBlock));
-    for (std::int64_t col = 0; col < num_cols; col += kDepth) {
-      const int depth = static_cast<int>(std::min<std::int64_t>(kDepth, num_cols - col));
-      for (int i = 0; i < MR; ++i) {
-        const int from = std::min(i, rows - 1);  // a row that is not there repeats the last
-        float* to = buffer + i * kDepth;
-        widen(x + (m + from) * ldx + col, depth, to);
-      }
-      if (d.threshold != 0) {
-        drop<kV4>(buffer, kDepth, MR, depth, {m, m + rows - 1, col, num_cols}, d);
-      }
-      for (int block = 0; block < num_blocks; ++block) {
-        const float* panel = panels + (block * num_cols + col) * kBlock;
-        multiply(buffer, panel, depth, total + block * MR * kBlock);
-      }
+template <class T>
+void pack(const Call& call, const Pack& task, int wide_block) {
+  Class& c = *task.of;
+  const bool of_a = task.projection < 0;
+  const auto p = static_cast<std::size_t>(task.projection);
+  Packed& packed = of_a ? c.a : c.b[p];
+  const std::int64_t ranks = of_a ? c.num_ranks : c.ranks[p].count;
+  const std::int64_t num_cols = of_a ? call.num_inputs : call.projections[p].num_outputs;
+  const int width = static_cast<int>(std::min<std::int64_t>(kCols, num_cols - task.col));
+  clear_columns(ranks, task.col, packed);
+  for (std::size_t i = 0; i < c.adapters.size(); ++i) {
+    const Adapter& f = call.adapters[c.adapters[i]];
+    if (of_a) {
+      pack_columns(
+          reinterpret_cast<const T*>(f.a), f.a_stride_rank, f.a_stride_col, f.rank, c.at[i], ranks,
+          task.col, width, wide_block, packed);
+    } else if (f.projection == task.projection) {
+      pack_columns(
+          reinterpret_cast<const T*>(f.b), f.b_stride_rank, f.b_stride_col, f.rank,
+          c.at[i] - c.ranks[p].start, ranks, task.col, width, wide_block, packed);
+    }
+  }
+}
+
+void pack_one(const Call& call, const Pack& task, int wide_block) {
+  if (call.adapters_are_bf16) {
+    pack<std::uint16_t>(call, task, wide_block);
+  } else {
+    pack<float>(call, task, wide_block);
+  }
+}
+
+// ---- what a thread works with
+
+template <class T>
+struct Worker {
+  const Call& call;
+  const Level<T> fn = level<T>();
+  Buffer panel = make_buffer(kRows * kCols);
+  Buffer total, s, ds, packed;
+  std::vector<std::uint8_t> mask;
+  const std::int64_t* index = nullptr;  // of the rows
+  int num_rows = 0;
+  T* rows[kRows];  // of whichever matrix
+
+  explicit Worker(const Call& c) : call(c) {
+    const std::int64_t most = c.layout.most_ranks;
+    total = make_buffer(kRows * round_up(most, 64));
+    s = make_buffer(kRows * most);
+    ds = make_buffer(kRows * most);
+    packed = make_buffer(kRows * most);
+    std::memset(panel.get(), 0, sizeof(float) * kRows * kCols);
+    if (c.dropout.threshold != 0) {
+      mask.resize(static_cast<std::size_t>(mask_bytes(kRows, c.groups())));
     }
   }
 
-  // MR rows of kBlock columns of y; s (rank, MR), panel (rank, kBlock)
-  static HYDRA_INLINE void widen_rank(
-      const float* s, const float* panel, int rank, const float* bias, float* y, std::int64_t ldy) {
-    V sum[MR][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) load<W>(sum[i][v], bias + v * W);
-    }
-    for (int r = 0; r < rank; ++r) {
-      V f[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) load<W>(f[v], panel + r * kBlock + v * W);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[i][v] += s[r * MR + i] * f[v];
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store<W>(y + i * ldy + v * W, sum[i][v]);
-    }
+  void take(std::int64_t first, std::int64_t count) {
+    index = call.layout.order.data() + first;
+    num_rows = static_cast<int>(count);
   }
 
-  // Rows m .. m + rows of y; panels (blocks, rank, kBlock), bias padded to whole blocks.
-  static HYDRA_INLINE void expand(
-      const float* s, std::int64_t lds, int rank, std::int64_t m, int rows, const float* panels,
-      const float* bias, std::int64_t num_cols, const Dropout& d, T* y, float* packed,
-      float* tile) {
-    const int tiles = (rows + MR - 1) / MR;
-    for (int t = 0; t < tiles; ++t) {
-      for (int r = 0; r < rank; ++r) {
-        for (int i = 0; i < MR; ++i) {
-          const int row = t * MR + i;
-          packed[(t * rank + r) * MR + i] = row < rows ? s[(m + row) * lds + r] : 0.0f;
-        }
-      }
-    }
-    // Along the rows of y: down a block of columns, rows a power of two apart share a few sets of
-    // the cache and push each other out.
-    for (int t = 0; t < tiles; ++t) {
-      const float* s_tile = packed + t * rank * MR;
-      const int here = std::min(MR, rows - t * MR);
-      for (std::int64_t col = 0; col < num_cols; col += kBlock) {
-        const int width = static_cast<int>(std::min<std::int64_t>(kBlock, num_cols - col));
-        const float* panel = panels + col * rank;
-        T* to = y + (m + t * MR) * num_cols + col;
-        if constexpr (sizeof(T) == sizeof(float)) {
-          if (here == MR && width == kBlock && d.threshold == 0) {
-            widen_rank(s_tile, panel, rank, bias + col, to, num_cols);
-            continue;
-          }
-        }
-        widen_rank(s_tile, panel, rank, bias + col, tile, kBlock);
-        if (d.threshold != 0) {
-          drop<kV4>(tile, kBlock, here, width, {m + t * MR, m + rows - 1, col, num_cols}, d);
-        }
-        for (int i = 0; i < here; ++i) narrow(tile + i * kBlock, width, to + i * num_cols);
-      }
-    }
+  void point(std::uintptr_t at, std::int64_t stride) {
+    for (int i = 0; i < num_rows; ++i) rows[i] = reinterpret_cast<T*>(at) + index[i] * stride;
   }
 
-  // Columns col .. col + width of G, into g (ranks, kBlock); ranks a multiple of 4.
-  static HYDRA_INLINE void outer(
-      const float* s, std::int64_t ranks, const T* x, std::int64_t ldx, std::int64_t num_rows,
-      std::int64_t col, int width, std::int64_t num_cols, const Dropout& d, float* buffer,
-      float* g) {
-    std::memset(g, 0, sizeof(float) * static_cast<std::size_t>(ranks * kBlock));
-    std::memset(buffer, 0, sizeof(float) * kSumRows * kBlock);
-    for (std::int64_t m = 0; m < num_rows; m += kSumRows) {
-      const int rows = static_cast<int>(std::min<std::int64_t>(kSumRows, num_rows - m));
-      for (int i = 0; i < rows; ++i) {
-        widen(x + (m + i) * ldx + col, width, buffer + i * kBlock);
-      }
-      if (d.threshold != 0) {
-        drop<kV4>(buffer, kBlock, rows, width, {m, num_rows - 1, col, num_cols}, d);
-      }
-      for (std::int64_t r = 0; r < ranks; r += 4) {
-        V sum[4][NV] = {};
-        const float* s_row = s + m * ranks + r;
-        for (int i = 0; i < rows; ++i, s_row += ranks) {
-          V f[NV];
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) load<W>(f[v], buffer + i * kBlock + v * W);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) sum[j][v] += s_row[j] * f[v];
-          }
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) {
-            add<W>(g + (r + j) * kBlock + v * W, sum[j][v]);
-          }
+  const std::uint8_t* drawn() const { return mask.empty() ? nullptr : mask.data(); }
+
+  void draw() {
+    if (!mask.empty()) draw_mask(index, num_rows, call.groups(), call.dropout, mask.data());
+  }
+
+  void load(std::int64_t col, std::int64_t num_cols, const std::uint8_t* bits) {
+    const int width = static_cast<int>(std::min<std::int64_t>(kCols, num_cols - col));
+    fn.load({rows, num_rows, col, width, bits, call.groups(), panel.get()});
+  }
+
+  void start(const Packed& factor) {
+    std::memset(
+        total.get(), 0,
+        sizeof(float) * static_cast<std::size_t>(factor.num_blocks * kRows * factor.shape.lanes));
+  }
+
+  void shrink(const Packed& factor, std::int64_t col) {
+    factor.shape.run(
+        {panel.get(), num_rows, factor.narrow + col * factor.shape.block, factor.stride,
+         factor.num_blocks, total.get()});
+  }
+
+  // The sums of shrink() times their scale, into columns at .. at + count of `to`.
+  void finish(
+      const Packed& factor, const Class& c, std::int64_t at, std::int64_t count, float* to) const {
+    const int block = factor.shape.block, lanes = factor.shape.lanes;
+    for (int b = 0; b < factor.num_blocks; ++b) {
+      const std::int64_t first = at + static_cast<std::int64_t>(b) * block;
+      const int width = static_cast<int>(std::min<std::int64_t>(block, at + count - first));
+      const float* scale = c.scale.data() + first;
+      const float* from = total.get() + b * kRows * lanes;
+      for (int i = 0; i < num_rows; ++i, from += lanes) {
+        float* row = to + i * c.num_ranks + first;
+        if (lanes == block) {
+          for (int r = 0; r < width; ++r) row[r] = scale[r] * from[r];
+        } else {
+          for (int r = 0; r < width; ++r) row[r] = scale[r] * (from[2 * r] + from[2 * r + 1]);
         }
       }
     }
   }
-};
 
-// ---- the same on each vector level. A level's function has its target, so that the kernels,
-// always inlined, get its registers; multiversion() cannot choose their sizes.
-
-template <class T>
-struct ShrinkTask {
-  const T* x;
-  std::int64_t ldx, num_cols, m;
-  int rows;
-  const float* panels;
-  int num_blocks;
-  Dropout d;
-  float *buffer, *total;
-};
-
-template <class T>
-struct ExpandTask {
-  const float* s;
-  std::int64_t lds;
-  int rank;
-  std::int64_t m;
-  int rows;
-  const float *panels, *bias;
-  std::int64_t num_cols;
-  Dropout d;
-  T* y;
-  float *packed, *tile;
-};
-
-template <class T>
-struct OuterTask {
-  const float* s;
-  std::int64_t ranks;
-  const T* x;
-  std::int64_t ldx, num_rows, col;
-  int width;
-  std::int64_t num_cols;
-  Dropout d;
-  float *buffer, *g;
-};
-
-template <class K, class T>
-HYDRA_INLINE void run(const ShrinkTask<T>& t) {
-  K::shrink(t.x, t.ldx, t.num_cols, t.m, t.rows, t.panels, t.num_blocks, t.d, t.buffer, t.total);
-}
-
-template <class K, class T>
-HYDRA_INLINE void run(const ExpandTask<T>& t) {
-  K::expand(
-      t.s, t.lds, t.rank, t.m, t.rows, t.panels, t.bias, t.num_cols, t.d, t.y, t.packed, t.tile);
-}
-
-template <class K, class T>
-HYDRA_INLINE void run(const OuterTask<T>& t) {
-  K::outer(t.s, t.ranks, t.x, t.ldx, t.num_rows, t.col, t.width, t.num_cols, t.d, t.buffer, t.g);
-}
-
-#ifdef HYDRA_X86_LEVELS
-template <class K, class Task>
-HYDRA_TARGET_V4 __attribute__((noinline)) void run_level_v4(const Task& task) {
-  run<K>(task);
-}
-
-template <class K, class Task>
-HYDRA_TARGET_V3 __attribute__((noinline)) void run_level_v3(const Task& task) {
-  run<K>(task);
-}
-#endif
-
-template <class K, class Task>
-__attribute__((noinline)) void run_level_baseline(const Task& task) {
-  run<K>(task);
-}
-
-// Rows at once and columns of a block, and the function that runs a task with them.
-template <class Task>
-struct Shape {
-  int rows, block;
-  void (*run)(const Task&);
-};
-
-template <template <class> class Task, class T, int W, int MR, int NV>
-Shape<Task<T>> shape_at(Isa isa) {
-#ifdef HYDRA_X86_LEVELS
-  if (isa == Isa::kV4) {
-    return {MR, W * NV, &run_level_v4<Kernels<T, W, MR, NV, true>, Task<T>>};
+  void make_s(const Class& c, std::uintptr_t x) {
+    point(x, call.x_stride);
+    start(c.a);
+    for (std::int64_t col = 0; col < call.num_inputs; col += kCols) {
+      load(col, call.num_inputs, drawn());
+      shrink(c.a, col);
+    }
+    finish(c.a, c, 0, c.num_ranks, s.get());
   }
-  if (isa == Isa::kV3) {
-    return {MR, W * NV, &run_level_v3<Kernels<T, W, MR, NV, false>, Task<T>>};
-  }
-#endif
-  return {MR, W * NV, &run_level_baseline<Kernels<T, W, MR, NV, false>, Task<T>>};
-}
 
-// 32 vector registers on v4, 16 below: MR * NV sums, NV columns and what the compiler needs.
-template <class T>
-Shape<ShrinkTask<T>> shrink_shape(std::int64_t ranks) {
-  const Isa isa = isa_level();
-  if (isa == Isa::kV4) {
-    if (ranks <= 8) return shape_at<ShrinkTask, T, 8, 16, 1>(isa);
-    if (ranks <= 16) return shape_at<ShrinkTask, T, 16, 16, 1>(isa);
-    if (ranks <= 32) return shape_at<ShrinkTask, T, 16, 12, 2>(isa);
-    return shape_at<ShrinkTask, T, 16, 6, 4>(isa);
-  }
-  if (isa == Isa::kV3) {
-    if (ranks <= 8) return shape_at<ShrinkTask, T, 8, 8, 1>(isa);
-    return shape_at<ShrinkTask, T, 8, 6, 2>(isa);
-  }
-  return shape_at<ShrinkTask, T, 4, 4, 2>(isa);
-}
-
-// The columns of a product over many columns are taken in wide blocks.
-template <template <class> class Task, class T>
-Shape<Task<T>> wide_shape() {
-  const Isa isa = isa_level();
-  if (isa == Isa::kV4) return shape_at<Task, T, 16, 6, 4>(isa);
-  if (isa == Isa::kV3) return shape_at<Task, T, 8, 6, 2>(isa);
-  return shape_at<Task, T, 4, 4, 2>(isa);
-}
-
-// ---- operands
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer make_buffer(std::int64_t n) {
-  const std::size_t bytes = static_cast<std::size_t>(std::max<std::int64_t>(n, 1)) * sizeof(float);
-  return Buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
-}
-
-float factor_at(const void* p, std::int64_t i, bool is_bf16) {
-  if (!is_bf16) return static_cast<const float*>(p)[i];
-  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(p)[i])
-                             << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-// Five integers a factor: address, rank, stride along the rank, stride along the columns, owner.
-std::vector<Factor> read_factors(
-    const std::vector<std::int64_t>& flat, const std::vector<double>& scales) {
-  std::vector<Factor> factors;
-  for (std::size_t i = 0; 5 * i < flat.size(); ++i) {
-    const std::int64_t* f = flat.data() + 5 * i;
-    const float scale = i < scales.size() ? static_cast<float>(scales[i]) : 1.0f;
-    factors.push_back({reinterpret_cast<const void*>(f[0]), f[1], f[2], f[3], f[4], scale});
-  }
-  return factors;
-}
-
-std::int64_t total_rank(const std::vector<Factor>& factors) {
-  std::int64_t total = 0;
-  for (const Factor& f : factors) total += f.rank;
-  return total;
-}
-
-std::int64_t padded_rank(std::int64_t ranks) {
-  return (ranks + 3) / 4 * 4;
-}
-
-Dropout make_dropout(double p, std::int64_t seed, std::int64_t offset) {
-  const double words = p * 65536.0;
-  auto threshold = static_cast<std::uint64_t>(words);
-  const double rest = words - static_cast<double>(threshold);
-  if (rest > 0.5 || (rest == 0.5 && threshold % 2 == 1)) ++threshold;  // to even, as Python rounds
-  return {threshold, static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(offset)};
-}
-
-// ---- the three products
-
-template <class T>
-void shrink(
-    const T* x, std::int64_t num_rows, std::int64_t num_cols, std::int64_t ldx,
-    const std::vector<Factor>& factors, bool is_bf16, const std::int64_t* ids,
-    std::int64_t rows_per_id, const Dropout& d, float* s) {
-  const std::int64_t ranks = total_rank(factors), lds = padded_rank(ranks);
-  const auto shape = shrink_shape<T>(ranks);
-  const int block = shape.block, mr = shape.rows;
-  const int num_blocks = static_cast<int>((ranks + block - 1) / block);
-  const Buffer panels = make_buffer(num_blocks * num_cols * block);
-  std::memset(
-      panels.get(), 0, sizeof(float) * static_cast<std::size_t>(num_blocks * num_cols * block));
-  std::vector<std::int64_t> owner(static_cast<std::size_t>(ranks));
-  std::vector<float> scale(static_cast<std::size_t>(ranks));
-  std::int64_t r = 0;
-  for (const Factor& f : factors) {
-    for (std::int64_t i = 0; i < f.rank; ++i, ++r) {
-      owner[static_cast<std::size_t>(r)] = f.owner;
-      scale[static_cast<std::size_t>(r)] = f.scale;
-      float* to = panels.get() + (r / block) * num_cols * block + r % block;
-      for (std::int64_t col = 0; col < num_cols; ++col) {
-        to[col * block] = factor_at(f.at, i * f.stride_rank + col * f.stride_col, is_bf16);
-      }
+  // Between s and what is saved of it, for rows that are.
+  template <class Copy>
+  void each_saved(const Class& c, const Copy& copy) {
+    for (int i = 0; i < num_rows; ++i) {
+      if (index[i] >= call.saved_rows) continue;
+      copy(
+          call.saved + index[i] * call.saved_stride, s.get() + i * c.num_ranks,
+          sizeof(float) * static_cast<std::size_t>(c.num_ranks));
     }
   }
-  const std::int64_t num_tiles = (num_rows + mr - 1) / mr;
-  const bool parallel = num_rows * num_cols * ranks > kParallel;
-#pragma omp parallel if (parallel)
+
+  void expand(
+      const float* from, std::int64_t stride, std::int64_t ranks, const Packed* factor,
+      const float* bias, std::int64_t num_cols, const std::uint8_t* bits) {
+    fn.expand(
+        {from, stride, static_cast<int>(ranks), num_rows,
+         factor == nullptr ? nullptr : factor->wide, bias, 0, num_cols, bits,
+         call.groups(), rows, packed.get()});
+  }
+};
+
+Arena& scratch() {
+  static thread_local Arena arena;
+  arena.start();
+  return arena;
+}
+
+struct Block {
+  const Class* of;  // null: rows that are off
+  std::int64_t first, count;
+};
+
+// ---- forward
+
+template <class T>
+std::vector<float*> wide_biases(const Call& call, Arena& arena) {
+  std::vector<float*> biases;
+  for (const Projection& p : call.projections) {
+    const std::int64_t padded = round_up(p.num_outputs, kCols);
+    biases.push_back(arena.take(padded));
+    std::fill_n(biases.back(), padded, 0.0f);
+    const auto* from = reinterpret_cast<const T*>(p.bias);
+    for (std::int64_t n = 0; n < p.num_outputs && from != nullptr; ++n) {
+      biases.back()[n] = widen(from[n]);
+    }
+  }
+  return biases;
+}
+
+template <class T>
+void fwd_block(
+    const Call& call, std::uintptr_t x, const std::vector<float*>& biases, const Block& block,
+    Worker<T>& w) {
+  w.take(block.first, block.count);
+  if (block.of != nullptr) {
+    w.draw();
+    w.make_s(*block.of, x);
+    w.each_saved(*block.of, [](float* kept, const float* s, std::size_t bytes) {
+      std::memcpy(kept, s, bytes);
+    });
+  }
+  for (std::size_t p = 0; p < call.projections.size(); ++p) {
+    const Projection& to = call.projections[p];
+    w.point(to.wide, to.stride);
+    if (block.of == nullptr) {
+      w.expand(nullptr, 0, 0, nullptr, biases[p], to.num_outputs, nullptr);
+      continue;
+    }
+    const Class& c = *block.of;
+    w.expand(
+        w.s.get() + c.ranks[p].start, c.num_ranks, c.ranks[p].count, &c.b[p], biases[p],
+        to.num_outputs, nullptr);
+  }
+}
+
+template <class T>
+void fwd(Call& call, std::uintptr_t x) {
+  Arena& arena = scratch();
+  std::vector<Block> blocks;
+  const auto add = [&](const Class* c, std::int64_t first, std::int64_t count) {
+    for (std::int64_t row = 0; row < count; row += kRows) {
+      blocks.push_back({c, first + row, std::min<std::int64_t>(kRows, count - row)});
+    }
+  };
+  for (const Class& c : call.layout.classes) add(&c, c.first_row, c.num_rows);
+  add(nullptr, call.layout.first_off, call.num_rows - call.layout.first_off);
+  const auto packs = plan_packs(call, true, false, false, true, arena);
+  const auto biases = wide_biases<T>(call, arena);
+#pragma omp parallel if (call.parallel())
   {
-    const Buffer buffer = make_buffer(mr * kDepth), total = make_buffer(mr * num_blocks * block);
+    Worker<T> worker(call);
 #pragma omp for schedule(static)
-    for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
-      const std::int64_t m = tile * mr;
-      const int rows = static_cast<int>(std::min<std::int64_t>(mr, num_rows - m));
-      bool any = ids == nullptr;
-      for (int i = 0; i < rows && !any; ++i) any = ids[(m + i) / rows_per_id] >= 0;
-      if (!any) {
-        std::memset(s + m * lds, 0, sizeof(float) * static_cast<std::size_t>(rows * lds));
-        continue;
+    for (std::size_t i = 0; i < packs.size(); ++i) pack_one(call, packs[i], worker.fn.block);
+#pragma omp for schedule(dynamic, 1)
+    for (std::size_t i = 0; i < blocks.size(); ++i) fwd_block(call, x, biases, blocks[i], worker);
+  }
+  arena.finish();
+}
+
+// ---- backward
+
+// Sums of a class: dA (num_ranks, K) and then dB^T (ranks, N) of each projection, rows padded.
+struct Sums {
+  std::int64_t cols_a;
+  std::vector<std::int64_t> at_b, cols_b;
+  std::int64_t size;
+
+  Sums(const Call& call, const Class& c) : cols_a(round_up(call.num_inputs, kCols)) {
+    size = c.num_ranks * cols_a;
+    for (std::size_t p = 0; p < call.projections.size(); ++p) {
+      at_b.push_back(size);
+      cols_b.push_back(round_up(call.projections[p].num_outputs, kCols));
+      size += c.ranks[p].padded() * cols_b.back();
+    }
+  }
+};
+
+struct Wanted {
+  bool x, a, b;
+};
+
+template <class T>
+void bwd_rows(
+    const Call& call, std::uintptr_t x, std::uintptr_t dx, const Wanted& want, const Class& c,
+    const Sums& sums, const float* zeros, float* g, Worker<T>& w) {
+  w.draw();
+  if (want.b) {
+    bool all_saved = call.saved != nullptr;
+    for (int i = 0; i < w.num_rows && all_saved; ++i) all_saved = w.index[i] < call.saved_rows;
+    if (all_saved) {
+      w.each_saved(c, [](const float* kept, float* s, std::size_t bytes) {
+        std::memcpy(s, kept, bytes);
+      });
+    } else {
+      w.make_s(c, x);
+    }
+  }
+  const bool want_ds = want.a || want.x;
+  if (want_ds) {
+    std::memset(w.ds.get(), 0, sizeof(float) * static_cast<std::size_t>(kRows * c.num_ranks));
+  }
+  for (std::size_t p = 0; p < call.projections.size(); ++p) {
+    const Projection& from = call.projections[p];
+    if (from.wide == 0 || c.ranks[p].count == 0) continue;
+    w.point(from.wide, from.stride);
+    if (want_ds) w.start(c.b[p]);
+    for (std::int64_t col = 0; col < from.num_outputs; col += kCols) {
+      w.load(col, from.num_outputs, nullptr);
+      if (want_ds) w.shrink(c.b[p], col);
+      if (want.b) {
+        w.fn.outer(
+            {w.panel.get(), w.num_rows, w.s.get() + c.ranks[p].start, c.num_ranks,
+             c.ranks[p].padded(), g + sums.at_b[p] + col, sums.cols_b[p]});
       }
-      shape.run(
-          {x, ldx, num_cols, m, rows, panels.get(), num_blocks, d, buffer.get(), total.get()});
-      for (int i = 0; i < rows; ++i) {
-        const std::int64_t id = ids == nullptr ? 0 : ids[(m + i) / rows_per_id];
-        float* to = s + (m + i) * lds;
-        for (int b = 0; b < num_blocks; ++b) {
-          const float* from = total.get() + (b * mr + i) * block;
-          const std::int64_t c = static_cast<std::int64_t>(b) * block;
-          const std::int64_t width = std::min<std::int64_t>(block, ranks - c);
-          const std::int64_t* owns = owner.data() + c;
-          const float* factor = scale.data() + c;
-          for (std::int64_t j = 0; j < width; ++j) {
-            const bool on = ids == nullptr || owns[j] == id;
-            to[c + j] = on ? factor[j] * from[j] : 0.0f;
-          }
-        }
-        for (std::int64_t c = ranks; c < lds; ++c) to[c] = 0.0f;
+    }
+    if (want_ds) w.finish(c.b[p], c, c.ranks[p].start, c.ranks[p].count, w.ds.get());
+  }
+  if (want.a) {
+    w.point(x, call.x_stride);
+    for (std::int64_t col = 0; col < call.num_inputs; col += kCols) {
+      w.load(col, call.num_inputs, w.drawn());
+      w.fn.outer(
+          {w.panel.get(), w.num_rows, w.ds.get(), c.num_ranks, c.num_ranks, g + col, sums.cols_a});
+    }
+  }
+  if (want.x) {
+    w.point(dx, call.num_inputs);
+    w.expand(w.ds.get(), c.num_ranks, c.num_ranks, &c.a, zeros, call.num_inputs, w.drawn());
+  }
+}
+
+constexpr std::int64_t kWriteCols = 512;
+
+// A gradient's columns col .. col + kWriteCols.
+struct Write {
+  std::size_t of, adapter;  // the class, and which of its adapters
+  bool of_b;
+  std::int64_t col;
+};
+
+std::vector<Write> plan_writes(const Call& call) {
+  std::vector<Write> writes;
+  for (std::size_t i = 0; i < call.layout.classes.size(); ++i) {
+    const Class& c = call.layout.classes[i];
+    for (std::size_t j = 0; j < c.adapters.size(); ++j) {
+      const Adapter& f = call.adapters[c.adapters[j]];
+      const std::int64_t n = call.projections[static_cast<std::size_t>(f.projection)].num_outputs;
+      for (std::int64_t col = 0; col < call.num_inputs && f.da != 0; col += kWriteCols) {
+        writes.push_back({i, j, false, col});
       }
+      for (std::int64_t col = 0; col < n && f.db != 0; col += kWriteCols) {
+        writes.push_back({i, j, true, col});
+      }
+    }
+  }
+  return writes;
+}
+
+// dA (rank, K), or dB (N, rank), from its class's sums; zeros where there are none.
+template <class T>
+void write_grad(const Call& call, const Write& task, const Sums& sums, const float* total) {
+  const Class& c = call.layout.classes[task.of];
+  const Adapter& f = call.adapters[c.adapters[task.adapter]];
+  const auto p = static_cast<std::size_t>(f.projection);
+  const std::int64_t cols = task.of_b ? call.projections[p].num_outputs : call.num_inputs;
+  const std::int64_t stride = task.of_b ? sums.cols_b[p] : sums.cols_a;
+  const std::int64_t at = c.at[task.adapter];
+  const std::int64_t first = task.of_b ? sums.at_b[p] + (at - c.ranks[p].start) * stride
+                                       : at * stride;
+  auto* to = reinterpret_cast<T*>(task.of_b ? f.db : f.da);
+  const std::int64_t to_rank = task.of_b ? 1 : cols, to_col = task.of_b ? f.rank : 1;
+  const std::int64_t end = std::min(task.col + kWriteCols, cols);
+  for (std::int64_t r = 0; r < f.rank; ++r) {
+    for (std::int64_t col = task.col; col < end; ++col) {
+      const float value = total == nullptr ? 0.0f : total[first + r * stride + col];
+      narrow(value, to + r * to_rank + col * to_col);
     }
   }
 }
 
 template <class T>
-void expand(
-    const float* s, std::int64_t num_rows, std::int64_t num_cols,
-    const std::vector<Factor>& factors, bool is_bf16, const T* bias, const Dropout& d, T* y) {
-  const std::int64_t ranks = total_rank(factors), lds = padded_rank(ranks);
-  const auto shape = wide_shape<ExpandTask, T>();
-  const int block = shape.block, mr = shape.rows;
-  const std::int64_t num_blocks = (num_cols + block - 1) / block;
-  const Buffer panels = make_buffer(num_blocks * block * ranks);
-  const Buffer wide_bias = make_buffer(num_blocks * block);
-  std::memset(wide_bias.get(), 0, sizeof(float) * static_cast<std::size_t>(num_blocks * block));
-  if (bias != nullptr) widen(bias, num_cols, wide_bias.get());
-  std::int64_t r = 0;
-  for (const Factor& f : factors) {
-    for (std::int64_t i = 0; i < f.rank; ++i, ++r) {
-      for (std::int64_t b = 0; b < num_blocks; ++b) {
-        float* to = panels.get() + (b * ranks + r) * block;
-        for (int j = 0; j < block; ++j) {
-          const std::int64_t col = b * block + j;
-          to[j] = col < num_cols ? factor_at(f.at, i * f.stride_rank + col * f.stride_col, is_bf16)
-                                 : 0.0f;
+void bwd(Call& call, std::uintptr_t x, std::uintptr_t dx, const Wanted& want) {
+  struct Chunk {
+    std::size_t of;  // its class
+    std::int64_t first, count;
+    bool starts;  // its class's sums
+  };
+  auto& classes = call.layout.classes;
+  std::vector<Chunk> chunks;
+  std::vector<Sums> sums;
+  std::vector<float*> totals(classes.size());
+  Arena& arena = scratch();
+  std::int64_t most = 0;
+  for (std::size_t i = 0; i < classes.size(); ++i) {
+    const Class& c = classes[i];
+    sums.emplace_back(call, c);
+    if (c.num_rows == 0) continue;
+    totals[i] = arena.take(sums[i].size);
+    most = std::max(most, sums[i].size);
+    // Equal parts, in whole blocks of rows, whatever the number of threads.
+    const std::int64_t parts = (c.num_rows + kChunkRows - 1) / kChunkRows;
+    const std::int64_t size = round_up((c.num_rows + parts - 1) / parts, 16);
+    for (std::int64_t row = 0; row < c.num_rows; row += size) {
+      chunks.push_back({i, c.first_row + row, std::min(size, c.num_rows - row), row == 0});
+    }
+  }
+  const auto packs = plan_packs(call, want.b, want.x, want.a || want.x, false, arena);
+  const auto writes = plan_writes(call);
+  const std::size_t threads = call.parallel() ? static_cast<std::size_t>(max_threads()) : 1;
+  std::vector<float*> partial;
+  for (std::size_t i = 0; i < std::min(threads, chunks.size()); ++i) {
+    partial.push_back(arena.take(most));
+  }
+  float* zeros = arena.take(round_up(call.num_inputs, kCols));
+  std::fill_n(zeros, round_up(call.num_inputs, kCols), 0.0f);
+  const std::size_t wave = partial.size();
+#pragma omp parallel if (call.parallel())
+  {
+    Worker<T> w(call);
+#pragma omp for schedule(static)
+    for (std::size_t i = 0; i < packs.size(); ++i) pack_one(call, packs[i], w.fn.block);
+    for (std::size_t first = 0; first < chunks.size(); first += wave) {
+      const std::size_t here = std::min(wave, chunks.size() - first);
+#pragma omp for schedule(static, 1)
+      for (std::size_t i = 0; i < here; ++i) {
+        const Chunk& chunk = chunks[first + i];
+        const Class& c = classes[chunk.of];
+        float* g = partial[i];
+        std::memset(g, 0, sizeof(float) * static_cast<std::size_t>(sums[chunk.of].size));
+        for (std::int64_t row = 0; row < chunk.count; row += kRows) {
+          w.take(chunk.first + row, std::min<std::int64_t>(kRows, chunk.count - row));
+          bwd_rows(call, x, dx, want, c, sums[chunk.of], zeros, g, w);
         }
       }
-    }
-  }
-  const std::int64_t num_tiles = (num_rows + kRowBlock - 1) / kRowBlock;
-  const bool parallel = num_rows * num_cols * std::max<std::int64_t>(ranks, 4) > kParallel;
-#pragma omp parallel if (parallel)
-  {
-    const Buffer packed = make_buffer((kRowBlock + mr) * ranks), tile = make_buffer(mr * block);
+      constexpr std::int64_t kPiece = 4096;
+      const std::int64_t pieces = want.a || want.b ? (most + kPiece - 1) / kPiece : 0;
 #pragma omp for schedule(static)
-    for (std::int64_t t = 0; t < num_tiles; ++t) {
-      const std::int64_t m = t * kRowBlock;
-      const int rows = static_cast<int>(std::min<std::int64_t>(kRowBlock, num_rows - m));
-      shape.run(
-          {s, lds, static_cast<int>(ranks), m, rows, panels.get(), wide_bias.get(), num_cols, d, y,
-           packed.get(), tile.get()});
-    }
-  }
-}
-
-template <class T>
-void outer(
-    const float* s, const T* x, std::int64_t num_rows, std::int64_t num_cols, std::int64_t ldx,
-    const std::vector<Factor>& grads, const Dropout& d) {
-  const std::int64_t ranks = padded_rank(total_rank(grads));
-  const auto shape = wide_shape<OuterTask, T>();
-  const int block = shape.block;
-  const std::int64_t num_blocks = (num_cols + block - 1) / block;
-  const bool parallel = num_rows * num_cols * ranks > kParallel;
-#pragma omp parallel if (parallel)
-  {
-    const Buffer buffer = make_buffer(kSumRows * block), g = make_buffer(ranks * block);
-#pragma omp for schedule(static)
-    for (std::int64_t b = 0; b < num_blocks; ++b) {
-      const std::int64_t col = b * block;
-      const int width = static_cast<int>(std::min<std::int64_t>(block, num_cols - col));
-      shape.run({s, ranks, x, ldx, num_rows, col, width, num_cols, d, buffer.get(), g.get()});
-      const float* from = g.get();
-      for (const Factor& f : grads) {
-        auto* to = static_cast<float*>(const_cast<void*>(f.at));
-        for (std::int64_t i = 0; i < f.rank; ++i, from += block) {
-          for (int j = 0; j < width; ++j) {
-            to[i * f.stride_rank + (col + j) * f.stride_col] = from[j];
+      for (std::int64_t piece = 0; piece < pieces; ++piece) {
+        for (std::size_t i = 0; i < here; ++i) {
+          const Chunk& chunk = chunks[first + i];
+          const std::int64_t end = std::min((piece + 1) * kPiece, sums[chunk.of].size);
+          float* to = totals[chunk.of];
+          const float* from = partial[i];
+          if (chunk.starts) {
+            for (std::int64_t j = piece * kPiece; j < end; ++j) to[j] = from[j];
+          } else {
+            for (std::int64_t j = piece * kPiece; j < end; ++j) to[j] += from[j];
           }
         }
       }
     }
+#pragma omp for schedule(static)
+    for (std::size_t i = 0; i < writes.size(); ++i) {
+      const std::size_t of = writes[i].of;
+      if (call.adapters_are_bf16) {
+        write_grad<std::uint16_t>(call, writes[i], sums[of], totals[of]);
+      } else {
+        write_grad<float>(call, writes[i], sums[of], totals[of]);
+      }
+    }
+    const std::int64_t off = call.num_rows - call.layout.first_off;
+#pragma omp for schedule(static)
+    for (std::int64_t row = 0; row < (want.x ? off : 0); row += kRows) {
+      w.take(call.layout.first_off + row, std::min<std::int64_t>(kRows, off - row));
+      w.point(dx, call.num_inputs);
+      w.expand(nullptr, 0, 0, nullptr, zeros, call.num_inputs, nullptr);
+    }
   }
+  arena.finish();
+}
+
+// ---- merging
+
+// Rows first .. of W + sum of scale B A, 64 at most.
+void merge_rows(
+    const Call& call, std::uintptr_t weight, std::int64_t weight_stride, std::int64_t first,
+    std::int64_t num_outputs, float* out, Worker<float>& w) {
+  const Class& c = call.layout.classes[0];
+  w.num_rows = static_cast<int>(std::min<std::int64_t>(kRows, num_outputs - first));
+  std::memset(w.s.get(), 0, sizeof(float) * static_cast<std::size_t>(kRows * c.num_ranks));
+  for (std::size_t i = 0; i < c.adapters.size(); ++i) {
+    const Adapter& f = call.adapters[c.adapters[i]];
+    const auto* b = reinterpret_cast<const float*>(f.b);
+    for (int row = 0; row < w.num_rows; ++row) {
+      float* to = w.s.get() + row * c.num_ranks + c.at[i];
+      const float* from = b + (first + row) * f.b_stride_col;
+      for (std::int64_t r = 0; r < f.rank; ++r) to[r] = f.scale * from[r * f.b_stride_rank];
+    }
+  }
+  for (int i = 0; i < w.num_rows; ++i) w.rows[i] = out + (first + i) * call.num_inputs;
+  const auto* base = reinterpret_cast<const float*>(weight) + first * weight_stride;
+  w.fn.expand(
+      {w.s.get(), c.num_ranks, static_cast<int>(c.num_ranks), w.num_rows, c.a.wide, base,
+       weight_stride, call.num_inputs, nullptr, 0, w.rows, w.packed.get()});
+}
+
+// The arguments of both entries; false where no row has an adapter.
+bool read_call(
+    std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
+    const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
+    bool adapters_are_bf16, const std::vector<std::int64_t>& projections, std::uintptr_t ids,
+    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed,
+    std::uintptr_t saved, std::int64_t saved_rows, std::int64_t saved_stride, Call& call) {
+  call.num_rows = num_rows;
+  call.num_inputs = num_inputs;
+  call.x_stride = x_stride;
+  call.adapters = read_adapters(adapters, scales);
+  call.projections = read_projections(projections);
+  call.adapters_are_bf16 = adapters_are_bf16;
+  call.dropout = make_dropout(dropout, reinterpret_cast<const std::int64_t*>(seed));
+  call.saved = reinterpret_cast<float*>(saved);
+  call.saved_rows = saved_rows;
+  call.saved_stride = saved_stride;
+  const auto* id = reinterpret_cast<const std::int64_t*>(ids);
+  call.layout.classes =
+      make_classes(call.adapters, call.projections.size(), id != nullptr, num_adapters);
+  return sort_rows(id, num_ids, num_adapters, num_rows, call.layout);
 }
 
 }  // namespace
 
-bool lora_linear_shrink(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_cols,
-    std::int64_t ldx, const std::vector<std::int64_t>& factors, const std::vector<double>& scales,
-    bool factors_are_bf16, std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters,
-    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t s) {
-  const auto* id = reinterpret_cast<const std::int64_t*>(ids);
-  bool any = id == nullptr;
-  for (std::int64_t i = 0; id != nullptr && i < num_ids; ++i) {
-    if (id[i] < -1 || id[i] >= num_adapters) {
-      throw std::invalid_argument(
-          "lora_linear: adapter_ids must be between -1 and " + std::to_string(num_adapters - 1) +
-          ", got " + std::to_string(id[i]));
-    }
-    any = any || id[i] >= 0;
-  }
+bool lora_linear_fwd(
+    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, bool adapters_are_bf16,
+    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
+    std::int64_t saved_rows, std::int64_t saved_stride) {
+  Call call;
+  const bool any = read_call(
+      num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
+      num_ids, num_adapters, dropout, seed, saved, saved_rows, saved_stride, call);
   if (!any) return false;
-  const std::int64_t rows_per_id = num_ids == 0 ? 1 : std::max<std::int64_t>(num_rows / num_ids, 1);
-  const auto read = read_factors(factors, scales);
-  const Dropout d = make_dropout(dropout, seed, offset);
-  auto* to = reinterpret_cast<float*>(s);
-  if (x_is_bf16) {
-    shrink(
-        reinterpret_cast<const std::uint16_t*>(x), num_rows, num_cols, ldx, read, factors_are_bf16,
-        id, rows_per_id, d, to);
-  } else {
-    shrink(
-        reinterpret_cast<const float*>(x), num_rows, num_cols, ldx, read, factors_are_bf16, id,
-        rows_per_id, d, to);
-  }
+  x_is_bf16 ? fwd<std::uint16_t>(call, x) : fwd<float>(call, x);
   return true;
 }
 
-void lora_linear_expand(
-    std::uintptr_t s, std::int64_t num_rows, std::int64_t num_cols,
-    const std::vector<std::int64_t>& factors, bool factors_are_bf16, std::uintptr_t bias,
-    double dropout, std::int64_t seed, std::int64_t offset, std::uintptr_t y, bool y_is_bf16) {
-  const auto read = read_factors(factors, {});
-  const Dropout d = make_dropout(dropout, seed, offset);
-  const auto* from = reinterpret_cast<const float*>(s);
-  if (y_is_bf16) {
-    expand(
-        from, num_rows, num_cols, read, factors_are_bf16,
-        reinterpret_cast<const std::uint16_t*>(bias), d, reinterpret_cast<std::uint16_t*>(y));
-  } else {
-    expand(
-        from, num_rows, num_cols, read, factors_are_bf16, reinterpret_cast<const float*>(bias), d,
-        reinterpret_cast<float*>(y));
+bool lora_linear_bwd(
+    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, bool adapters_are_bf16,
+    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
+    std::int64_t saved_rows, std::int64_t saved_stride, std::uintptr_t dx) {
+  Call call;
+  const bool any = read_call(
+      num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
+      num_ids, num_adapters, dropout, seed, saved, saved_rows, saved_stride, call);
+  if (!any) return false;
+  Wanted want{dx != 0, false, false};
+  for (const Adapter& f : call.adapters) {
+    want.a |= f.da != 0;
+    want.b |= f.db != 0;
   }
+  x_is_bf16 ? bwd<std::uint16_t>(call, x, dx, want) : bwd<float>(call, x, dx, want);
+  return true;
 }
 
-void lora_linear_outer(
-    std::uintptr_t s, std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows,
-    std::int64_t num_cols, std::int64_t ldx, const std::vector<std::int64_t>& grads, double dropout,
-    std::int64_t seed, std::int64_t offset) {
-  const auto read = read_factors(grads, {});
-  const Dropout d = make_dropout(dropout, seed, offset);
-  const auto* from = reinterpret_cast<const float*>(s);
-  if (x_is_bf16) {
-    outer(from, reinterpret_cast<const std::uint16_t*>(x), num_rows, num_cols, ldx, read, d);
-  } else {
-    outer(from, reinterpret_cast<const float*>(x), num_rows, num_cols, ldx, read, d);
+void lora_linear_merge(
+    std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,
+    std::int64_t num_inputs, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, std::uintptr_t out) {
+  Call call;
+  read_call(
+      num_outputs, num_inputs, 0, adapters, scales, false, {num_outputs, 0, 0, 0}, 0, 0, 1, 0.0, 0,
+      0, 0, 0, call);
+  Arena& arena = scratch();
+  call.layout.classes[0].num_rows = num_outputs;
+  const auto packs = plan_packs(call, false, true, false, false, arena);
+#pragma omp parallel if (call.parallel())
+  {
+    Worker<float> worker(call);
+#pragma omp for schedule(static)
+    for (std::size_t i = 0; i < packs.size(); ++i) pack_one(call, packs[i], worker.fn.block);
+#pragma omp for schedule(static)
+    for (std::int64_t row = 0; row < num_outputs; row += kRows) {
+      merge_rows(
+          call, weight, weight_stride, row, num_outputs, reinterpret_cast<float*>(out), worker);
+    }
   }
+  arena.finish();
+}
+
+std::int64_t lora_linear_only_id(
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters) {
+  const auto* id = reinterpret_cast<const std::int64_t*>(ids);
+  bool alike = true;
+  for (std::int64_t i = 0; i < num_ids; ++i) {
+    check_id(id[i], num_adapters);
+    alike &= id[i] == id[0];
+  }
+  if (num_ids == 0) return -1;
+  return alike ? id[0] : -2;
 }
 
 }  // namespace hydra::cpu

@@ -43,6 +43,18 @@ def columns(
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def restricted(plan: Plan, only: int) -> tuple[tuple[int, ...], Plan]:
+    """The adapters that run where every row's id is ``only``, and a plan of those, without ids."""
+    which = tuple(j for j, owner in enumerate(plan.owners) if owner == only)
+    projection = [p for p, count in enumerate(plan.counts) for _ in range(count)]
+    counts = [0] * len(plan.counts)
+    for j in which:
+        counts[projection[j]] += 1
+    scales = tuple(plan.scales[j] for j in which)
+    return which, plan._replace(counts=tuple(counts), owners=(0,) * len(which), scales=scales)
+
+
 def concatenated(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 

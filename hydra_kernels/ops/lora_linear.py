@@ -256,6 +256,7 @@ def _select(
         x.device,
         x.dtype,
         None if adapter_ids is None else adapter_ids.device,
+        seed is None,
         *[None if t is None else (t.device, t.dtype) for t in tensors],
     )
     chosen = _CHOICES.get(key)

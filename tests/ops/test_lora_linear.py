@@ -183,6 +183,17 @@ def test_dropout_at_its_ends(backend, dropout):
     torch.testing.assert_close(y, expected)
 
 
+def test_float64_with_dropout_is_not_left_to_kernels_of_float32():
+    weight, bias, lora_a, lora_b, _ = make_layer(5, 8, (2,), torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    inputs = (x, weight, lora_a, lora_b, 0.5)
+    y, expected = (
+        lora_linear(*inputs, bias=bias, dropout=0.4, seed=3, backend=name)
+        for name in (None, "reference")
+    )
+    torch.testing.assert_close(y, expected)
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_the_reference(data):
