@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,6 +238,11 @@ def gated_linear_group(
 
 
 _CHOICES: dict[tuple, str] = {}
+# What os.environ looks names up in: its own get() is four function calls, at every call of the op.
+_environ: Mapping = getattr(os.environ, "_data", os.environ)
+_HYDRA_BACKEND = os.environ.encodekey("HYDRA_BACKEND") if _environ is not os.environ else (
+    "HYDRA_BACKEND"
+)  # fmt: skip
 
 
 def _select(
@@ -249,17 +254,18 @@ def _select(
     tensors: tuple[Tensor | None, ...],
 ) -> str:
     """registry.select, remembered on a CPU, whose backends ask for devices and dtypes alone."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return registry.select(op, backend, x, adapter_ids, seed, *tensors)
-    key = (
+    found: list = [
         op,
-        backend or os.environ.get("HYDRA_BACKEND"),
-        x.device,
+        backend or _environ.get(_HYDRA_BACKEND),
         x.dtype,
-        None if adapter_ids is None else adapter_ids.device,
+        adapter_ids is None or adapter_ids.is_cpu,
         seed is None,
-        *[None if t is None else (t.device, t.dtype) for t in tensors],
-    )
+    ]
+    for t in tensors:
+        found.append(None if t is None else t.dtype if t.is_cpu else t.device)
+    key = tuple(found)
     chosen = _CHOICES.get(key)
     if chosen is None:
         chosen = registry.select(op, backend, x, adapter_ids, seed, *tensors)
@@ -271,7 +277,10 @@ def _constant_scales(
     lora_b: Sequence[Tensor], scaling: Sequence[float | Tensor]
 ) -> tuple[Sequence[Tensor], tuple[float, ...]]:
     """The scales as numbers; one that is a tensor, read on its device, goes into its lora_b."""
-    if not any(isinstance(scale, Tensor) for scale in scaling):
+    for scale in scaling:
+        if isinstance(scale, Tensor):
+            break
+    else:
         return lora_b, tuple(scaling)
     b = [
         t * scale.detach().to(t.device, t.dtype) if isinstance(scale, Tensor) else t
@@ -304,6 +313,37 @@ def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
 
 
 def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: tuple[Tensor, ...],
+    b: tuple[Tensor, ...],
+    dropout: float,
+) -> None:
+    key = (
+        x.shape[-1:],
+        x.dtype,
+        weight.shape,
+        weight.dtype,
+        None if bias is None else bias.shape,
+        *[(t.shape, t.dtype) for t in a],
+        None,
+        *[(t.shape, t.dtype) for t in b],
+        dropout,
+    )
+    if key in _FITTING:
+        return
+    _check_shapes(x, weight, bias, a, b, dropout)
+    if x.dtype == weight.dtype and not torch.compiler.is_compiling():
+        if len(_FITTING) >= 4096:
+            _FITTING.clear()
+        _FITTING.add(key)
+
+
+_FITTING: set[tuple] = set()  # shapes and dtypes that have been looked at
+
+
+def _check_shapes(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -94,22 +94,28 @@ def _backward(
     dys: Sequence[Tensor | None],
     need: Sequence[bool],  # of x and of the tensors
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    flat = [dy if dy is None else dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys]
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    flat = [
+        dy if dy is None or dy.dim() == 2 else dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys
+    ]
     weights, _, a, b = _unpack(plan, tensors)
     need_w, need_bias, need_a, need_b = _unpack(plan, need[1:])
     dx, das, dbs = registry.kernel(_OP, chosen).bwd(
-        flat, rows, s, weights, a, b, plan, adapter_ids, seed, need[0], any(need_a), any(need_b)
-    )
-    dweights = [
-        torch.mm(dy.t(), rows) if wanted and dy is not None else None
-        for dy, wanted in zip(flat, need_w, strict=True)
-    ]
-    dbiases = [
-        dy.sum(0) if wanted and dy is not None else None
-        for dy, wanted in zip(flat, need_bias, strict=True)
-    ]
-    return (None if dx is None else dx.view(x.shape)), [*dweights, *dbiases, *das, *dbs]
+        flat, rows, s, weights, a, b, plan, adapter_ids, seed, need[0], True in need_a,
+        True in need_b,
+    )  # fmt: skip
+    grads: list[Tensor | None] = [None] * (2 * len(flat))
+    if True in need_w or True in need_bias:
+        for p, dy in enumerate(flat):
+            if dy is not None and need_w[p]:
+                grads[p] = torch.mm(dy.t(), rows)
+            if dy is not None and need_bias[p]:
+                grads[len(flat) + p] = dy.sum(0)
+    grads += das
+    grads += dbs
+    if dx is not None and dx.shape != x.shape:
+        dx = dx.view(x.shape)
+    return dx, grads
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -128,9 +134,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         x, s, adapter_ids, seed, *rest = ctx.saved_tensors
         need = ctx.needs_input_grad[4:]
-        p = len(ctx.plan.counts)
-        tensors = [*rest[:p], *[None] * p, *rest[p:]]
-        if all(dy is None for dy in dys):
+        p = len(dys)
+        tensors = (*rest[:p], *(None,) * p, *rest[p:])
+        if dys.count(None) == p:
             return (None,) * (5 + len(tensors))
         device = x.device.type
         if torch.is_autocast_enabled(device):

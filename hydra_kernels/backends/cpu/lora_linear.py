@@ -45,15 +45,13 @@ def unsupported(
 
 
 def _by_blas(x: Tensor, a: Sequence[Tensor], plan: Plan, ids: Tensor | None) -> bool:
-    dtype = x.dtype
-    if dtype == torch.float64:
-        return plan.dropout == 0.0
+    if x.dtype is torch.float64:
+        return True
     return (
-        dtype == torch.float32
+        x.shape[0] <= _FEW
         and ids is None
-        and x.shape[0] <= _FEW
         and plan.dropout == 0.0
-        and a[0].dtype == dtype
+        and x.dtype is a[0].dtype is torch.float32
     )
 
 
@@ -83,16 +81,21 @@ def fwd(
             _merged_product(x, weight, bias, *_of_projection(a, b, plan, p))
             for p, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ], None
-    ys = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
-    contiguous = [None if bias is None else bias.contiguous() for bias in biases]
+    ys = []
     projections: list[int] = []
-    for y, bias in zip(ys, contiguous, strict=True):
-        n = y.shape[1]
+    for weight, bias in zip(weights, biases, strict=True):
+        n = weight.shape[0]
+        y = torch.empty((x.shape[0], n), dtype=x.dtype)
+        ys.append(y)
         projections += (n, y.data_ptr(), n, 0 if bias is None else bias.data_ptr())
+        if bias is not None and n > 1 and bias.stride(0) != 1:
+            return fwd(x, weights, [_contiguous(t) for t in biases], a, b, plan, ids, seed)
     arguments = _arguments(x, a, b, (), (), projections, plan, ids, seed)
     if not extension.module.lora_linear_fwd_cpu(*arguments):  # type: ignore[union-attr]
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)], None
-    return [y.addmm_(x, w.t()) for y, w in zip(ys, weights, strict=True)], None
+    for y, weight in zip(ys, weights, strict=True):
+        y.addmm_(x, weight.t())
+    return ys, None
 
 
 def bwd(
@@ -133,10 +136,10 @@ def bwd(
                     das[j], dbs[j] = da, db
                 return dx, das, dbs
             ids = None
-    das = [t.new_empty(t.shape) if need_a else None for t in a]
-    dbs = [t.new_empty(t.shape) if need_b else None for t in b]
+    das = [torch.empty(t.shape, dtype=t.dtype) if need_a else None for t in a]
+    dbs = [torch.empty(t.shape, dtype=t.dtype) if need_b else None for t in b]
     merges = need_x and ids is None and _merges(x, weights, a, plan)
-    dx = x.new_empty(x.shape) if need_x else None
+    dx = torch.empty(x.shape, dtype=x.dtype) if need_x else None
     flat = [None if dy is None else _rows(dy) for dy in dys]
     if need_a or need_b or (need_x and not merges):
         projections: list[int] = []
@@ -188,14 +191,14 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
 
 def _merges(x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], plan: Plan) -> bool:
     """Whether passing over W twice is less than over x and y: measured, and by their sizes."""
+    if plan.dropout > 0.0 or x.dtype is not torch.float32 or a[0].dtype is not torch.float32:
+        return False
     m, k = x.shape
-    return (
-        plan.dropout == 0.0
-        and x.dtype == torch.float32
-        and a[0].dtype == torch.float32
-        and all(m * (k + w.shape[0]) >= 2 * k * w.shape[0] for w in weights)
-        and all(w.numel() <= _SCRATCH and w.stride(1) == 1 for w in weights)
-    )
+    for w in weights:
+        n = w.shape[0]
+        if m * (k + n) < 2 * k * n or k * n > _SCRATCH or w.stride(1) != 1:
+            return False
+    return True
 
 
 def _merged(
@@ -203,10 +206,10 @@ def _merged(
 ) -> Tensor:
     """W + sum of scale B A, in memory that the thread's next call takes again."""
     n, k = weight.shape
-    scratch = getattr(_local, "scratch", None)
-    if scratch is None or scratch.numel() < n * k:
-        scratch = _local.scratch = torch.empty(n * k, dtype=torch.float32)
-    merged = scratch[: n * k].view(n, k)
+    views = _local.__dict__.setdefault("views", {})  # of the thread's scratch, by their shape
+    merged = views.get((n, k))
+    if merged is None:
+        merged = _view_of_scratch(views, n, k)
     extension.module.lora_linear_merge_cpu(  # type: ignore[union-attr]
         weight.data_ptr(),
         weight.stride(0),
@@ -217,6 +220,15 @@ def _merged(
         merged.data_ptr(),
     )
     return merged
+
+
+def _view_of_scratch(views: dict[tuple[int, int], Tensor], n: int, k: int) -> Tensor:
+    most = max(views.values(), key=Tensor.numel, default=None)
+    if most is None or most.numel() < n * k:
+        views.clear()
+        most = torch.empty((n, k), dtype=torch.float32)
+    views[n, k] = most.view(-1)[: n * k].view(n, k)
+    return views[n, k]
 
 
 def _of_projection(
@@ -262,6 +274,10 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
+
+
 def _long(ids: Tensor | None) -> Tensor | None:
     if ids is None or (ids.dtype == torch.int64 and ids.is_contiguous()):
         return ids
@@ -282,18 +298,16 @@ def _factors(
     for p, count in enumerate(counts):
         for _ in range(count):
             each_a, each_b = a[j], b[j]
-            da, db = (das[j], dbs[j]) if das else (None, None)
-            factors += (
-                each_a.data_ptr(),
-                each_b.data_ptr(),
-                *each_a.stride(),
-                *each_b.stride(),
-                each_a.shape[0],
-                owners[j],
-                p,
-                0 if da is None else da.data_ptr(),
-                0 if db is None else db.data_ptr(),
-            )
+            factors += (each_a.data_ptr(), each_b.data_ptr())
+            factors += each_a.stride()
+            factors += each_b.stride()
+            factors += (each_a.shape[0], owners[j], p)
+            if das:
+                da, db = das[j], dbs[j]
+                factors.append(0 if da is None else da.data_ptr())
+                factors.append(0 if db is None else db.data_ptr())
+            else:
+                factors += (0, 0)
             j += 1
     return factors
 
@@ -316,13 +330,12 @@ def _arguments(
         scales = [scale * grown for scale in scales]
     return (
         x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        x.shape[0],
-        x.shape[1],
+        x.dtype is torch.bfloat16,
+        *x.shape,
         x.stride(0),
         _factors(a, b, das, dbs, plan.counts, plan.owners),
         scales,
-        a[0].dtype == torch.bfloat16,
+        a[0].dtype is torch.bfloat16,
         projections,
         0 if ids is None else ids.data_ptr(),
         0 if ids is None else ids.numel(),
