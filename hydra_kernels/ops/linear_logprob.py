@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
+from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 from hydra_kernels.backends.reference import linear_logprob as reference
 
 _OP = "linear_logprob"
@@ -181,138 +182,63 @@ def _check(
             )
 
 
-def _fwd(args: tuple) -> tuple[Tensor, ...]:
+def _fwd(inputs: LogprobInputs, save: bool, chosen: str) -> tuple[Tensor, ...]:
     """The five results, norms, and the saved logits, empty where there are none."""
-    hidden, chosen, has_ref = args[0], args[9], args[6] is not None
-    results, norms, saved, ref_saved = registry.kernel(_OP, chosen).fwd(*args[:9])
+    results, norms, saved, ref_saved = registry.kernel(_OP, chosen).fwd(inputs, save)
     empty = norms.new_empty(0)
     return (
         # Copies: what is returned may not be a view of the rest.
         *(
-            row.clone() if i < 3 or has_ref else empty.clone()
+            row.clone() if i < 3 or inputs.ref_hidden is not None else empty.clone()
             for i, row in enumerate(results.unbind(0))
         ),
         norms,
-        hidden.new_empty(0) if saved is None else saved,
-        hidden.new_empty(0) if ref_saved is None else ref_saved,
+        inputs.hidden.new_empty(0) if saved is None else saved,
+        inputs.hidden.new_empty(0) if ref_saved is None else ref_saved,
     )
 
 
 def _save(ctx, args: tuple, out: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save, chosen = (
-        args
-    )
+    inputs, save, chosen = LogprobInputs(*args[:8]), args[8], args[9]
     _, entropy, _, _, kl, norms, saved, ref_saved = out
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        ref_hidden,
-        entropy,
-        kl,
-        norms,
-        saved,
-        ref_saved,
-    )
-    ctx.rest = (softcap, ignore_index, save, chosen)
+    ctx.save_for_backward(*inputs[:5], inputs.ref_hidden, entropy, kl, norms, saved, ref_saved)
+    ctx.rest = (inputs.softcap, inputs.ignore_index, save, chosen)
 
 
 def _bwd_args(ctx, grads: tuple[Tensor | None, ...]) -> tuple | None:
     """The arguments of ``_bwd``; None where nothing has an upstream gradient."""
-    dlogprobs, dentropy, dlogsumexp, _, dkl = grads[:5]
-    (
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        ref_hidden,
-        entropy,
-        kl,
-        norms,
-        saved,
-        ref_saved,
-    ) = ctx.saved_tensors
-    if ref_hidden is None:
-        dkl = None  # of the empty tensor that stands for it
-    if all(g is None for g in (dlogprobs, dentropy, dlogsumexp, dkl)):
+    *head, ref_hidden, entropy, kl, norms, saved, ref_saved = ctx.saved_tensors
+    # grads[3] is of the reference's log-probabilities, which are a constant; without a reference
+    # grads[4] is of the empty tensor that stands for kl.
+    upstream = (*grads[:3], None if ref_hidden is None else grads[4])
+    if all(g is None for g in upstream):
         return None
     softcap, ignore_index, save, chosen = ctx.rest
+    if upstream[3] is None:
+        ref_hidden = None
+    inputs = LogprobInputs(*head, softcap, ref_hidden, ignore_index)
+    save_ref = save and ref_hidden is not None
+    kept = LogprobKept(entropy, kl, norms, saved if save else None, ref_saved if save_ref else None)
     need = ctx.needs_input_grad
-    return (
-        dlogprobs,
-        dentropy,
-        dlogsumexp,
-        dkl,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        None if dkl is None else ref_hidden,
-        ignore_index,
-        entropy,
-        kl,
-        norms,
-        saved if save else None,
-        ref_saved if save and dkl is not None else None,
-        [need[0], need[1], need[3]],
-        chosen,
-    )
+    return (*upstream, *inputs, *kept, [need[0], need[1], need[3]], chosen)
 
 
-def _bwd(
-    dlogprobs: Tensor | None,  # (M,)
-    dentropy: Tensor | None,
-    dlogsumexp: Tensor | None,
-    dkl: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float,
-    ref_hidden: Tensor | None,
-    ignore_index: int,
-    entropy: Tensor,
-    kl: Tensor,
-    norms: Tensor,
-    saved: Tensor | None,
-    ref_saved: Tensor | None,
-    wanted: list[bool],
-    chosen: str,
-) -> tuple[Tensor | None, ...]:
-    upstream = norms.new_zeros(4, hidden.shape[0])
-    for row, grad in zip(upstream, (dlogprobs, dentropy, dlogsumexp, dkl), strict=True):
+def _bwd(*args) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias; the arguments are those of ``_BWD_SCHEMA``."""
+    inputs, kept = LogprobInputs(*args[4:12]), LogprobKept(*args[12:17])
+    wanted, chosen = args[17:]
+    upstream = kept.norms.new_zeros(4, inputs.hidden.shape[0])
+    for row, grad in zip(upstream, args[:4], strict=True):
         if grad is not None:
             row.copy_(grad)
-    return registry.kernel(_OP, chosen).bwd(
-        upstream,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        ref_hidden,
-        ignore_index,
-        entropy,
-        kl,
-        norms,
-        saved,
-        ref_saved,
-        tuple(wanted),
-    )
+    return registry.kernel(_OP, chosen).bwd(upstream, inputs, kept, tuple(wanted))
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        out = _fwd(args)
+        out = _fwd(LogprobInputs(*args[:8]), *args[8:])
         _save(ctx, args, out)
         ctx.mark_non_differentiable(out[3])
         return out[:5]
@@ -325,82 +251,45 @@ class _LinearLogprob(torch.autograd.Function):
         return (dhidden, dweight, None, dbias, *(None,) * 6)
 
 
-@torch.library.custom_op("hydra::linear_logprob_fwd", mutates_args=())
-def _fwd_op(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float,
-    ref_hidden: Tensor | None,
-    ignore_index: int,
-    save: bool,
-    chosen: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    args = (hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save)
-    return _fwd((*args, chosen))  # type: ignore[return-value]
+# The registered ops take what LogprobInputs and LogprobKept hold, one by one.
+_INPUTS_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor temperature, "
+    "float softcap, Tensor? ref_hidden, int ignore_index"
+)
+_KEPT_SCHEMA = "Tensor entropy, Tensor kl, Tensor norms, Tensor? saved, Tensor? ref_saved"
+_UPSTREAM_SCHEMA = "Tensor? dlogprobs, Tensor? dentropy, Tensor? dlogsumexp, Tensor? dkl"
+_FWD_SCHEMA = f"({_INPUTS_SCHEMA}, bool save, str chosen) -> ({', '.join(['Tensor'] * 8)})"
+_BWD_SCHEMA = (
+    f"({_UPSTREAM_SCHEMA}, {_INPUTS_SCHEMA}, {_KEPT_SCHEMA}, bool[] wanted, str chosen)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("hydra::linear_logprob_fwd", mutates_args=(), schema=_FWD_SCHEMA)
+def _fwd_op(*args):
+    return _fwd(LogprobInputs(*args[:8]), *args[8:])
 
 
 @_fwd_op.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index, save, chosen):
-    M, V = hidden.shape[0], weight.shape[0]
-    row = hidden.new_empty(M, dtype=torch.float32)
-    ref = row.new_empty(0 if ref_hidden is None else M)
-    logits = [save, save and ref_hidden is not None]
+def _(*args):
+    inputs, save = LogprobInputs(*args[:8]), args[8]
+    M, _, V = inputs.sizes
+    has_ref = inputs.ref_hidden is not None
+    row = inputs.hidden.new_empty(M, dtype=torch.float32)
+    ref = row.new_empty(M if has_ref else 0)
     return (
         *(torch.empty_like(row) for _ in range(3)),
         ref,
         torch.empty_like(ref),
         row.new_empty(4, M),
-        *(hidden.new_empty((M, V) if kept else 0) for kept in logits),
+        *(inputs.hidden.new_empty((M, V) if kept else 0) for kept in (save, save and has_ref)),
     )
 
 
-@torch.library.custom_op("hydra::linear_logprob_bwd", mutates_args=())
-def _bwd_op(
-    dlogprobs: Tensor | None,
-    dentropy: Tensor | None,
-    dlogsumexp: Tensor | None,
-    dkl: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float,
-    ref_hidden: Tensor | None,
-    ignore_index: int,
-    entropy: Tensor,
-    kl: Tensor,
-    norms: Tensor,
-    saved: Tensor | None,
-    ref_saved: Tensor | None,
-    wanted: list[bool],
-    chosen: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = _bwd(
-        dlogprobs,
-        dentropy,
-        dlogsumexp,
-        dkl,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        ref_hidden,
-        ignore_index,
-        entropy,
-        kl,
-        norms,
-        saved,
-        ref_saved,
-        wanted,
-        chosen,
-    )
-    return tuple(hidden.new_empty(0) if t is None else t for t in out)  # type: ignore[return-value]
+@torch.library.custom_op("hydra::linear_logprob_bwd", mutates_args=(), schema=_BWD_SCHEMA)
+def _bwd_op(*args):
+    # A registered op returns tensors only: an empty one stands for None.
+    return tuple(args[4].new_empty(0) if t is None else t for t in _bwd(*args))
 
 
 @_bwd_op.register_fake

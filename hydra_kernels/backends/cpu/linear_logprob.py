@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 
 # Large enough for BLAS to reach its speed; a block of 4 MB stays in the second-level caches.
 ROWS = 1024
@@ -33,19 +34,10 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,  # 0: none
-    ref_hidden: Tensor | None,  # (M, D)
-    ignore_index: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
-    M, V = hidden.shape[0], weight.shape[0]
+    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs
+    M, _, V = inputs.sizes
     kept = _kept(targets, ignore_index)
     if kept is not None:
         targets = targets[kept]
@@ -96,23 +88,14 @@ def fwd(
 
 def bwd(
     upstream: Tensor,  # (4, M) float32: of logprobs, entropy, logsumexp and kl
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,
-    ref_hidden: Tensor | None,  # (M, D), None where kl has no upstream
-    ignore_index: int,
-    entropy: Tensor,  # (M,)
-    kl: Tensor,  # (M,)
-    norms: Tensor,  # (4, M)
-    saved: Tensor | None,  # (M, V), of the rows kept first, in hidden's dtype
-    ref_saved: Tensor | None,
+    inputs: LogprobInputs,
+    forward: LogprobKept,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradients of hidden, weight and bias, as far as they are wanted."""
-    M, (V, D) = hidden.shape[0], weight.shape
+    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs
+    entropy, kl, norms, saved, ref_saved = forward
+    M, D, V = inputs.sizes
     kept = _kept(targets, ignore_index)
     if kept is not None:
         targets, upstream = targets[kept], upstream[:, kept]

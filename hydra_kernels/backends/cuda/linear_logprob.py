@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 
 # 1024 rows by 8192 columns in float32: 32 MB of the 50 MB L2 cache of an H100 or H200.
 ROWS = 1024
@@ -29,20 +30,11 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,  # 0: none
-    ref_hidden: Tensor | None,  # (M, D)
-    ignore_index: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
-    M, V = hidden.shape[0], weight.shape[0]
-    walk = _Walk(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    hidden, ref_hidden, targets = inputs.hidden, inputs.ref_hidden, inputs.targets
+    M, _, V = inputs.sizes
+    walk = _Walk(inputs)
     rows = walk.pack(hidden)
     ref_rows = None if ref_hidden is None else walk.pack(ref_hidden)
     # Whole tiles, so that a product can be written where it stays.
@@ -62,7 +54,7 @@ def fwd(
     extension.module.linear_logprob_finish_cuda(  # type: ignore[union-attr]
         sums.data_ptr(),
         targets.data_ptr(),
-        ignore_index,
+        inputs.ignore_index,
         V,
         M,
         ref_hidden is not None,
@@ -80,24 +72,15 @@ def fwd(
 
 def bwd(
     upstream: Tensor,  # (4, M) float32: of logprobs, entropy, logsumexp and kl
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,
-    ref_hidden: Tensor | None,  # (M, D), None where kl has no upstream
-    ignore_index: int,
-    entropy: Tensor,  # (M,)
-    kl: Tensor,  # (M,)
-    norms: Tensor,  # (4, M)
-    saved: Tensor | None,  # (M, V) in hidden's dtype
-    ref_saved: Tensor | None,
+    inputs: LogprobInputs,
+    forward: LogprobKept,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradients of hidden, weight and bias, as far as they are wanted."""
-    (M, D), V = hidden.shape, weight.shape[0]
-    walk = _Walk(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    hidden, weight, ref_hidden = inputs.hidden, inputs.weight, inputs.ref_hidden
+    entropy, kl, norms, saved, ref_saved = forward
+    M, D, V = inputs.sizes
+    walk = _Walk(inputs)
     rows = walk.pack(hidden)
     ref_rows = None if ref_hidden is None else walk.pack(ref_hidden)
     # Rows past M are read by the last tile's product, and their results thrown away.
@@ -145,20 +128,10 @@ def bwd(
 class _Walk:
     """Tiles of rows and blocks of the vocabulary, and what the kernels are told about each pair."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        temperature: Tensor,
-        softcap: float,
-        ignore_index: int,
-    ):
-        self.M, self.weight, self.targets = hidden.shape[0], weight, targets
-        self.bias = None if bias is None else bias.float().contiguous()
-        self.temperature, self.softcap, self.ignore_index = temperature, softcap, ignore_index
-        V = weight.shape[0]
+    def __init__(self, inputs: LogprobInputs):
+        self.inputs = inputs
+        self.M, _, V = inputs.sizes
+        self.bias = None if inputs.bias is None else inputs.bias.float().contiguous()
         # Two blocks of logits and their gradient.
         budget_mb = float(os.environ.get("HYDRA_LOGPROB_BUDGET_MB") or DEFAULT_BUDGET_MB)
         affordable = int(budget_mb * 2**20 / (3 * 4 * ROWS)) // 64 * 64
@@ -166,20 +139,20 @@ class _Walk:
         self.stride = min(columns, -(-V // 64) * 64)
         self.blocks = [(first, min(columns, V - first)) for first in range(0, V, columns)]
         self.tiles = range(0, self.M, ROWS)
-        device = hidden.device
+        device = inputs.hidden.device
         self.where = (device.index, torch.cuda.current_stream(device).cuda_stream)
         self._buffers: dict[int, Tensor] = {}
 
     def pack(self, rows: Tensor) -> Tensor:
         """(whole tiles, D): rows that are ignored or not there are 0, so that NaN cannot enter."""
         packed = rows.new_zeros(len(self.tiles) * ROWS, rows.shape[1])
-        keep = (self.targets != self.ignore_index).unsqueeze(-1)
+        keep = (self.inputs.targets != self.inputs.ignore_index).unsqueeze(-1)
         packed[: self.M] = torch.where(keep, rows, 0.0)
         return packed
 
     def product(self, rows: Tensor, part: tuple[slice, slice], saved: Tensor | None) -> Tensor:
         """hidden W^T of a tile and a block: float32, or in ``saved``, rounded to its dtype."""
-        x, head = rows[part[0]], self.weight[part[1]].t()
+        x, head = rows[part[0]], self.inputs.weight[part[1]].t()
         if saved is not None:
             return torch.mm(x, head, out=saved[part])
         key = rows.data_ptr()
@@ -202,10 +175,10 @@ class _Walk:
             first,
             part[1].stop - first,
             0 if self.bias is None else self.bias.data_ptr(),
-            self.temperature.data_ptr(),
-            self.softcap,
-            self.targets.data_ptr() + 8 * begin,
-            self.ignore_index,
+            self.inputs.temperature.data_ptr(),
+            self.inputs.softcap,
+            self.inputs.targets.data_ptr() + 8 * begin,
+            self.inputs.ignore_index,
         )
 
 

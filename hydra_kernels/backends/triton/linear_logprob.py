@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry, tuning
+from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 from hydra_kernels.backends.triton import runtime
 from hydra_kernels.backends.triton.linear_logprob_kernels import (
     NUM_SUMS,
@@ -138,19 +139,10 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def fwd(
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,  # 0: none
-    ref_hidden: Tensor | None,  # (M, D)
-    ignore_index: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
-    (M, D), V = hidden.shape, weight.shape[0]
+    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs
+    M, D, V = inputs.sizes
     has_ref = ref_hidden is not None
     results = targets.new_zeros(5, M, dtype=torch.float32)
     norms = torch.zeros_like(results[:4])
@@ -212,23 +204,14 @@ def fwd(
 
 def bwd(
     upstream: Tensor,  # (4, M) float32: of logprobs, entropy, logsumexp and kl
-    hidden: Tensor,  # (M, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (M,) int64
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # () float32
-    softcap: float,
-    ref_hidden: Tensor | None,  # (M, D), None where kl has no upstream
-    ignore_index: int,
-    entropy: Tensor,  # (M,)
-    kl: Tensor,  # (M,)
-    norms: Tensor,  # (4, M)
-    saved: Tensor | None,  # (M, V) in hidden's dtype
-    ref_saved: Tensor | None,
+    inputs: LogprobInputs,
+    forward: LogprobKept,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradients of hidden, weight and bias, as far as they are wanted."""
-    (M, D), V = hidden.shape, weight.shape[0]
+    hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs
+    entropy, kl, norms, saved, ref_saved = forward
+    M, D, V = inputs.sizes
     has_ref, itemsize = ref_hidden is not None, hidden.element_size()
     precision = _precision(hidden.dtype)
     dhidden = hidden.new_zeros(M, D, dtype=torch.float32) if wanted[0] else None
