@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,54 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
 def addresses(*tensors: Tensor | None) -> list[int]:
     """What a binding takes: where each tensor is, 0 for an absent one."""
     return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+class PPOInputs(NamedTuple):
+    """What the compiled backends of ``ppo_loss`` are given: (B, T) float32, contiguous."""
+
+    logprobs: Tensor | None
+    values: Tensor | None
+    old_logprobs: Tensor | None
+    old_values: Tensor | None
+    advantages: Tensor | None
+    returns: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+    mask: Tensor  # bool
+    cliprange: float
+    cliprange_value: float
+    vf_coef: float
+    ent_coef: float
+    kl_coef: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:9]
+
+    @property
+    def coefs(self) -> tuple[float, ...]:
+        return self[9:]
+
+
+class AdvantageInputs(NamedTuple):
+    """What the backends of ``advantages`` are given; contiguous, float32 where compiled."""
+
+    scores: Tensor  # (B,)
+    logprobs: Tensor | None  # (B, T)
+    ref_logprobs: Tensor | None  # (B, T)
+    values: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool
+    kl_coef: float
+    estimator: str
+    kl: Tensor | None  # (B, T)
+    gamma: float
+    lam: float
+    last_values: Tensor | None  # (B,)
+
+    @property
+    def penalised(self) -> Tensor | None:
+        """The array of which the penalty is made: the divergence itself for "exact"."""
+        return self.kl if self.estimator == "exact" else self.logprobs
 
 
 def _no_moments(x: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference import advantages as _reference  # noqa: F401  registers it
-from hydra_kernels.backends.token_ops import state_dtype
+from hydra_kernels.backends.token_ops import AdvantageInputs, state_dtype
 from hydra_kernels.ops.gae import gae
 from hydra_kernels.ops.kl_rewards import check_kl_arguments, kl_rewards
 from hydra_kernels.ops.masked_whiten import masked_whiten, reduced_moments, whiten_by
@@ -117,19 +117,21 @@ def advantages(
     name = registry.select(
         _OP, backend, scores, logprobs, ref_logprobs, values, mask, kl, last_values
     )
-    run = _compiled if torch.compiler.is_compiling() else _run
+    run = torch.ops.hydra.advantages if torch.compiler.is_compiling() else _run
     rewards, advantage, returns, moments = run(
-        scores,
-        logprobs,
-        ref_logprobs,
-        values,
-        mask,
-        kl_coef,
-        estimator,
-        kl,
-        gamma,
-        lam,
-        last_values,
+        *AdvantageInputs(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            kl_coef,
+            estimator,
+            kl,
+            gamma,
+            lam,
+            last_values,
+        ),
         name,
     )
     if whiten:
@@ -139,53 +141,24 @@ def advantages(
     return Advantages(advantage, returns, rewards)
 
 
-def _run(
-    scores: Tensor,
-    logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    values: Tensor,
-    mask: Tensor,
-    kl_coef: float,
-    estimator: str,
-    kl: Tensor | None,
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return registry.kernel(_OP, backend).fwd(
-        scores,
-        logprobs,
-        ref_logprobs,
-        values,
-        mask,
-        kl_coef,
-        estimator,
-        kl,
-        gamma,
-        lam,
-        last_values,
-    )
+def _run(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of AdvantageInputs, and the backend."""
+    return registry.kernel(_OP, args[-1]).fwd(AdvantageInputs(*args[:-1]))
 
 
-_compiled = torch.library.custom_op(f"hydra::{_OP}", _run, mutates_args=())
+_compiled = torch.library.custom_op(
+    f"hydra::{_OP}",
+    _run,
+    mutates_args=(),
+    schema="(Tensor scores, Tensor? logprobs, Tensor? ref_logprobs, Tensor values, Tensor mask, "
+    "float kl_coef, str estimator, Tensor? kl, float gamma, float lam, Tensor? last_values, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_compiled.register_fake
-def _(
-    scores,
-    logprobs,
-    ref_logprobs,
-    values,
-    mask,
-    kl_coef,
-    estimator,
-    kl,
-    gamma,
-    lam,
-    last_values,
-    backend,
-):
-    dtype = state_dtype(scores, logprobs, ref_logprobs, values, kl, last_values)
-    rows = [mask.new_empty(mask.shape, dtype=dtype) for _ in range(3)]
-    return (*rows, mask.new_empty(3, dtype=torch.float64))
+def _(*args):
+    inputs = AdvantageInputs(*args[:-1])
+    dtype = state_dtype(*(t for t in inputs if isinstance(t, Tensor) and t is not inputs.mask))
+    rows = [inputs.mask.new_empty(inputs.mask.shape, dtype=dtype) for _ in range(3)]
+    return (*rows, inputs.mask.new_empty(3, dtype=torch.float64))

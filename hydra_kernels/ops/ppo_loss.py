@@ -11,6 +11,7 @@ from torch import Tensor
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference import ppo_loss as reference
+from hydra_kernels.backends.token_ops import PPOInputs
 
 _OP = "ppo_loss"
 
@@ -243,15 +244,13 @@ def _grads(
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        *tensors, mask, cliprange, cliprange_value, vf_coef, ent_coef, kl_coef, chosen = args
-        stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(
-            *tensors, mask, cliprange, cliprange_value, vf_coef, ent_coef, kl_coef
-        )
-        ctx.save_for_backward(stats, dlogprobs, dvalues, mask)
-        ctx.settings = (vf_coef, ent_coef, kl_coef, chosen)
+        inputs, chosen = PPOInputs._make(args[:14]), args[14]
+        stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(inputs)
+        ctx.save_for_backward(stats, dlogprobs, dvalues, inputs.mask)
+        ctx.settings = (*args[11:14], chosen)  # vf_coef, ent_coef, kl_coef
         # What is saved may be handed out as the gradient where the graph goes on: a leaf would keep
         # it as its .grad and add to it.
-        ctx.keep = tuple(t is not None and not t.is_leaf for t in tensors[:2])
+        ctx.keep = tuple(t is not None and not t.is_leaf for t in args[:2])
         # Upstream gradients that are not there stay None: no launches to make and add zeros.
         ctx.set_materialize_grads(False)
         means = stats.unbind(0)[:9]
@@ -267,40 +266,17 @@ class _PPOLoss(torch.autograd.Function):
         return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
 
 
-@torch.library.custom_op("hydra::ppo_loss_fwd", mutates_args=())
-def _op(
-    logprobs: Tensor | None,
-    values: Tensor | None,
-    old_logprobs: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    mask: Tensor,
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-    ent_coef: float,
-    kl_coef: float,
-    chosen: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(
-        logprobs,
-        values,
-        old_logprobs,
-        old_values,
-        advantages,
-        returns,
-        entropy,
-        kl,
-        mask,
-        cliprange,
-        cliprange_value,
-        vf_coef,
-        ent_coef,
-        kl_coef,
-    )
+@torch.library.custom_op(
+    "hydra::ppo_loss_fwd",
+    mutates_args=(),
+    schema="(Tensor? logprobs, Tensor? values, Tensor? old_logprobs, Tensor? old_values, "
+    "Tensor? advantages, Tensor? returns, Tensor? entropy, Tensor? kl, Tensor mask, "
+    "float cliprange, float cliprange_value, float vf_coef, float ent_coef, float kl_coef, "
+    "str chosen) -> (Tensor, Tensor, Tensor)",
+)
+def _op(*args):
+    """The fields of PPOInputs, and the backend."""
+    stats, dlogprobs, dvalues = registry.kernel(_OP, args[14]).fwd(PPOInputs._make(args[:14]))
     # A registered op returns tensors only: an empty one stands for None.
     empty = stats.new_empty(0)
     return (

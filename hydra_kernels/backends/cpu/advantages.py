@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import ESTIMATORS, addresses
+from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -16,24 +16,12 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(
-    scores: Tensor,  # (B,) float32, contiguous, as are all tensors below
-    logprobs: Tensor | None,  # (B, T)
-    ref_logprobs: Tensor | None,  # (B, T)
-    values: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    kl_coef: float,
-    estimator: str,
-    kl: Tensor | None,  # (B, T)
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,  # (B,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rewards, advantages, returns = (torch.empty_like(values) for _ in range(3))
+def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rewards, advantages, returns = (torch.empty_like(inputs.values) for _ in range(3))
     moments = torch.empty(3, dtype=torch.float64)
-    first = kl if estimator == "exact" else logprobs
+    scores, _, ref_logprobs, values, mask, kl_coef, estimator, _, gamma, lam, last_values = inputs
     extension.module.advantages_fwd_cpu(  # type: ignore[union-attr]
-        *addresses(scores, first, ref_logprobs, values, mask, last_values),
+        *addresses(scores, inputs.penalised, ref_logprobs, values, mask, last_values),
         *mask.shape,
         kl_coef,
         ESTIMATORS.index(estimator),

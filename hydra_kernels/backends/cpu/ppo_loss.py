@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import PPOKernel, addresses
+from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, addresses
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -16,39 +16,17 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(
-    logprobs: Tensor | None,  # (B, T) float32, contiguous, as are all tensors below
-    values: Tensor | None,
-    old_logprobs: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    mask: Tensor,  # bool
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-    ent_coef: float,
-    kl_coef: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns stats (10,), the gradient of policy_loss, and of ``(vf_coef or 1) * value_loss``."""
     stats = torch.empty(10, dtype=torch.float32)
-    dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
-    dvalues = None if values is None else torch.empty_like(values)
-    tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, kl)
+    dlogprobs = None if inputs.logprobs is None else torch.empty_like(inputs.logprobs)
+    dvalues = None if inputs.values is None else torch.empty_like(inputs.values)
     extension.module.ppo_loss_fwd_cpu(  # type: ignore[union-attr]
-        *addresses(*tensors),
-        mask.data_ptr(),
-        mask.numel(),
-        cliprange,
-        cliprange_value,
-        vf_coef,
-        ent_coef,
-        kl_coef,
-        vf_coef or 1.0,
-        stats.data_ptr(),
-        *addresses(dlogprobs, dvalues),
+        *addresses(*inputs.tensors),
+        inputs.mask.numel(),
+        *inputs.coefs,
+        inputs.vf_coef or 1.0,
+        *addresses(stats, dlogprobs, dvalues),
     )
     return stats, dlogprobs, dvalues
 

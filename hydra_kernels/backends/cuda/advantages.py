@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
 from hydra_kernels.backends.cuda.gae import segments
-from hydra_kernels.backends.token_ops import ESTIMATORS, addresses
+from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -20,19 +20,8 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(
-    scores: Tensor,  # (B,) float32, contiguous, as are all tensors below
-    logprobs: Tensor | None,  # (B, T)
-    ref_logprobs: Tensor | None,  # (B, T)
-    values: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    kl_coef: float,
-    estimator: str,
-    kl: Tensor | None,  # (B, T)
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,  # (B,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, _, ref_logprobs, values, mask, kl_coef, estimator, _, gamma, lam, last_values = inputs
     rewards, advantages, returns = (torch.empty_like(values) for _ in range(3))
     if mask.numel() == 0:
         return rewards, advantages, returns, values.new_zeros(3, dtype=torch.float64)
@@ -43,9 +32,8 @@ def fwd(
     # One allocation for both: the moments of each block, and behind them the result.
     scratch = values.new_empty(num_blocks * 3 + 3, dtype=torch.float64)
     moments = scratch[num_blocks * 3 :]
-    first = kl if estimator == "exact" else logprobs
     extension.module.advantages_fwd_cuda(  # type: ignore[union-attr]
-        *addresses(scores, first, ref_logprobs, values, mask, last_values),
+        *addresses(scores, inputs.penalised, ref_logprobs, values, mask, last_values),
         B,
         T,
         kl_coef,

@@ -8,25 +8,14 @@ from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference.gae import gae_fwd
 from hydra_kernels.backends.reference.kl_rewards import kl_rewards_fwd
 from hydra_kernels.backends.reference.masked_whiten import masked_whiten_moments
-from hydra_kernels.backends.token_ops import state_dtype
+from hydra_kernels.backends.token_ops import AdvantageInputs, state_dtype
 
 
-def advantages_fwd(
-    scores: Tensor,  # (B,)
-    logprobs: Tensor | None,  # (B, T)
-    ref_logprobs: Tensor | None,  # (B, T)
-    values: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    kl_coef: float,
-    estimator: str,
-    kl: Tensor | None,  # (B, T)
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,  # (B,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = state_dtype(scores, logprobs, ref_logprobs, values, kl, last_values)
+def advantages_fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, kl, gamma, lam, last = inputs
+    dtype = state_dtype(scores, logprobs, ref_logprobs, values, kl, last)
     rewards = kl_rewards_fwd(scores, logprobs, ref_logprobs, mask, kl_coef, estimator, kl).to(dtype)
-    advantages, returns = gae_fwd(rewards, values, mask, gamma, lam, last_values)
+    advantages, returns = gae_fwd(rewards, values, mask, gamma, lam, last)
     return rewards, advantages, returns, masked_whiten_moments(advantages, mask)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import registry
+from hydra_kernels.backends.token_ops import AdvantageInputs
 from hydra_kernels.backends.triton import gae, kl_rewards, masked_whiten, runtime
 
 
@@ -16,21 +17,10 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
 
 
-def fwd(
-    scores: Tensor,  # (B,) float32, contiguous, as are all tensors below
-    logprobs: Tensor | None,  # (B, T)
-    ref_logprobs: Tensor | None,  # (B, T)
-    values: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    kl_coef: float,
-    estimator: str,
-    kl: Tensor | None,  # (B, T)
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,  # (B,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, kl, gamma, lam, last = inputs
     rewards = kl_rewards.fwd(scores, logprobs, ref_logprobs, mask, kl_coef, estimator, kl)
-    advantages, returns = gae.fwd(rewards, values, mask, gamma, lam, last_values)
+    advantages, returns = gae.fwd(rewards, values, mask, gamma, lam, last)
     return rewards, advantages, returns, masked_whiten.moments(advantages, mask)
 
 

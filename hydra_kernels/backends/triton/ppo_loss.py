@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry, tuning
-from hydra_kernels.backends.token_ops import PPOKernel
+from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel
 from hydra_kernels.backends.triton import runtime
 
 # Generic default first; see hydra_kernels/backends/tuning.py.
@@ -149,26 +149,12 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
 
 
-def fwd(
-    logprobs: Tensor | None,  # (B, T) float32, contiguous, as are all tensors below
-    values: Tensor | None,
-    old_logprobs: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    mask: Tensor,  # bool
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-    ent_coef: float,
-    kl_coef: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
+    mask = inputs.mask
     stats = mask.new_empty(10, dtype=torch.float32)
-    dlogprobs = None if logprobs is None else torch.empty_like(logprobs)
-    dvalues = None if values is None else torch.empty_like(values)
+    dlogprobs = None if inputs.logprobs is None else torch.empty_like(inputs.logprobs)
+    dvalues = None if inputs.values is None else torch.empty_like(inputs.values)
 
     def run(config: tuning.Config) -> None:
         # One block where there are no tokens: it writes the zeros.
@@ -176,14 +162,7 @@ def fwd(
         partial = mask.new_empty((num_blocks, 16), dtype=torch.float32)
         with launch.on_device(mask):
             ppo_loss_fwd_kernel[(num_blocks,)](
-                logprobs,
-                values,
-                old_logprobs,
-                old_values,
-                advantages,
-                returns,
-                entropy,
-                kl,
+                *inputs.tensors[:8],
                 mask.view(torch.uint8),
                 partial,
                 launch.ticket(mask.device),
@@ -191,15 +170,11 @@ def fwd(
                 dlogprobs,
                 dvalues,
                 mask.numel(),
-                cliprange,
-                cliprange_value,
-                vf_coef,
-                ent_coef,
-                kl_coef,
-                HAS_POLICY=logprobs is not None,
-                HAS_VALUE=values is not None,
-                HAS_ENTROPY=entropy is not None,
-                HAS_KL=kl is not None,
+                *inputs.coefs,
+                HAS_POLICY=inputs.logprobs is not None,
+                HAS_VALUE=inputs.values is not None,
+                HAS_ENTROPY=inputs.entropy is not None,
+                HAS_KL=inputs.kl is not None,
                 BLOCK_PARTIAL=64,
                 **config,
             )
