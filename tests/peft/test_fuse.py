@@ -39,7 +39,10 @@ def assert_same_run(model, other, tokens):
     torch.testing.assert_close(logits, expected)
     assert gradients.keys() == expected_gradients.keys() != set()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
+        expected = expected_gradients[name]
+        # PEFT's own are up to 6e-6 of the largest off those in float64, the fused ones 1.5e-6.
+        atol = 1e-5 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=atol)
 
 
 def count_fast(monkeypatch):
