@@ -23,7 +23,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,28 @@ class CheckpointStore:
             UserError: there are checkpoints and none of them can be used.
         """
         found = self._steps()
-        for step, path in reversed(found):
+        for checkpoint in self._whole(reversed(found)):
+            return checkpoint
+        if found:
+            raise UserError(f"cannot resume: all {len(found)} checkpoints in {self.folder} are bad")
+        return None
+
+    def whole(self) -> list[Checkpoint]:
+        """Every checkpoint that passes :func:`verify`, oldest first.
+
+        Logs a warning for each one passed over, as :meth:`latest` does.
+        """
+        return list(self._whole(self._steps()))
+
+    def _whole(self, found: Iterable[tuple[int, Path]]) -> Iterator[Checkpoint]:
+        for step, path in found:
             try:
                 if verify(path) != step:
                     raise CheckpointError(f"{MANIFEST} is of another step")
             except CheckpointError as error:
                 _log.warning("checkpoint %s is damaged and passed over: %s", path.name, error)
                 continue
-            return Checkpoint(step, path)
-        if found:
-            raise UserError(f"cannot resume: all {len(found)} checkpoints in {self.folder} are bad")
-        return None
+            yield Checkpoint(step, path)
 
     def _steps(self) -> list[tuple[int, Path]]:
         if not self.folder.is_dir():

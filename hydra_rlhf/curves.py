@@ -232,6 +232,69 @@ def draw_evaluation(evaluation: Any, path: Path) -> Path | None:
     return path
 
 
+def draw_overoptimisation(curves: Sequence[Any], path: Path) -> Path | None:
+    """Gains of the learned and the judge's reward over the root of the KL; the KL over the steps.
+
+    Args:
+        curves: Of ``overoptimisation``, a colour each.
+        path: The PNG.
+
+    Returns:
+        ``path``; None without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        _log.warning("no picture: pip install 'hydra-rlhf[plot]' brings matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained", dpi=130)
+    gains, kls = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
+    for i, curve in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        prefix = f"{curve.run}: " if len(curves) > 1 else ""
+        roots = [max(point.kl, 0.0) ** 0.5 for point in curve.points]
+        for reward, style, label in (
+            ("learned", "--", "learned reward"),
+            ("judged", "-", curve.judge),
+        ):
+            mean, low, high = zip(*curve.gains(reward), strict=True)
+            gains.plot(roots, mean, style, color=colour, linewidth=1.8, marker="o", markersize=4,
+                       label=prefix + label)  # fmt: skip
+            gains.fill_between(roots, low, high, color=colour, alpha=0.13, linewidth=0)
+        best = curve.points.index(curve.best)
+        gains.plot(
+            roots[best],
+            curve.gains("judged")[best].mean,
+            "*",
+            color=colour,
+            markersize=14,
+            zorder=5,
+        )
+        steps = [point.step for point in curve.points]
+        kls.plot(steps, [point.kl for point in curve.points], color=colour, linewidth=1.8,
+                 marker="o", markersize=4, label=curve.run)  # fmt: skip
+    gains.axhline(0.0, color="#9aa7b1", linestyle="--", linewidth=1)
+    titles = (
+        (gains, "Gain over the start (star: the judge's best)", "root of the KL to the start"),
+        (kls, "KL to the start, nats a response", "PPO step"),
+    )
+    for axis, title, label in titles:
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axis.set_xlabel(label, fontsize=9, color=INK)
+        dress(axis)
+    gains.set_ylabel("standard deviations of the start", fontsize=9, color=INK)
+    gains.legend(frameon=False, fontsize=8, labelcolor=INK)
+    if len(curves) > 1:
+        kls.legend(frameon=False, fontsize=8, labelcolor=INK)
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
 def dress(axis: Any) -> None:
     axis.grid(True, color="#d9dfe4", linewidth=0.7)
     axis.set_axisbelow(True)

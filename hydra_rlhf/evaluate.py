@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.data import Prompt
@@ -22,7 +23,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.records import table
 from hydra_rlhf.rewards import call_reward_fn
-from hydra_rlhf.rollout import Rollout, Sampling
+from hydra_rlhf.rollout import Sampling
 from hydra_rlhf.statistics import Estimate, distinct, mean_interval, wins
 
 # f(prompts=..., completions=..., **columns) -> one number each
@@ -101,6 +102,7 @@ def answer(
     sampling: Sampling,
     *,
     baseline: HydraModel | None = None,
+    reward_model: HydraModel | None = None,
     role: str = "reference",
     seed: int = 0,
     batch_size: int = 64,
@@ -114,7 +116,8 @@ def answer(
         tokenizer: Of the policy.
         prompts: What to answer.
         sampling: How; see ``rollout.sampling_of``.
-        baseline: With the same tokenizer; gives ``kl``, ``nll`` and ``rewards``.
+        baseline: With the same tokenizer; gives ``kl``, ``nll`` and its head's ``rewards``.
+        reward_model: With the same tokenizer; gives ``rewards`` instead, of its reward head.
         seed: Of the sampler: the same for each policy, and apart from the global generator.
         batch_size: Prompts at a time.
         on_batch: Called with the number of prompts done.
@@ -122,8 +125,10 @@ def answer(
     answers = Answers(name, [], [], [])
     if baseline is not None:
         answers.kl, answers.nll = [], []
-        if bool(baseline.reward_head.weight.any()):
-            answers.rewards = []
+        if reward_model is None and bool(baseline.reward_head.weight.any()):
+            reward_model = baseline
+    if reward_model is not None:
+        answers.rewards = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -139,8 +144,14 @@ def answer(
             answers.responses += rollouts.decode(tokenizer, rollout)
             answers.tokens += rollout.response_mask.sum(-1).tolist()
             answers.ended += rollout.ended.tolist()
+            parts = (rollout.query_responses, rollout.attention_mask, rollout.response_mask)
             if baseline is not None:
-                _against(baseline, model, role, rollout, sampling, answers)
+                own = reward_model is baseline  # one pass then serves both
+                _against(baseline, model, role, parts, sampling, answers, rewards=own)
+            if reward_model is not None and reward_model is not baseline:
+                scores = reward_model.score(*parts, roles=["reward"]).scores
+                assert answers.rewards is not None and scores is not None
+                answers.rewards += scores.tolist()
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(prompts)))
     return answers
@@ -150,12 +161,13 @@ def _against(
     baseline: HydraModel,
     model: HydraModel,
     role: str,
-    rollout: Rollout,
+    parts: tuple[Tensor, Tensor, Tensor],
     sampling: Sampling,
     answers: Answers,
+    *,
+    rewards: bool,
 ) -> None:
-    parts = (rollout.query_responses, rollout.attention_mask, rollout.response_mask)
-    roles = ["reference", *(["reward"] if answers.rewards is not None else [])]
+    roles = ["reference", *(["reward"] if rewards else [])]
     theirs = baseline.score(*parts, roles=roles, temperature=sampling.temperature)
     assert answers.kl is not None and answers.nll is not None and theirs.ref_logprobs is not None
     if model is baseline and role == "reference":
@@ -192,8 +204,7 @@ def judge_answers(
             )
     scores: list[list[float]] | None = None
     if isinstance(judge, ScoreJudge):
-        names = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
-        columns = {name: [prompt.extra.get(name) for prompt in prompts] for name in names}
+        columns = columns_of(prompts)
         scores = [
             call_reward_fn(judge.fn, texts, a.responses, columns, torch.device("cpu")).tolist()
             for a in answers
@@ -229,6 +240,12 @@ def judge_answers(
             )
         )
     return Evaluation(judge.name, len(texts), reports, matrix, texts, list(answers), scores)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The other columns of the prompts' rows, as a reward function gets them."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
+    return {name: [prompt.extra.get(name) for prompt in prompts] for name in names}
 
 
 def summary_table(evaluation: Evaluation, title: str) -> Table:

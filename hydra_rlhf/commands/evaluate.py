@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_rlhf import data, evaluate, sft
+from hydra_rlhf import data, evaluate, overoptimisation, sft
 from hydra_rlhf.commands.inputs import choose_backend
+from hydra_rlhf.curves import draw_overoptimisation
 from hydra_rlhf.data import Prompt, bundled
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.evaluate import Answers, Evaluation, PairJudge, ScoreJudge
 from hydra_rlhf.judge import ChatJudge
+from hydra_rlhf.overoptimisation import Curve
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rewards import ClassifierReward, load_reward_fn
 from hydra_rlhf.rollout import Sampling, pad_token_id, stop_token_ids
@@ -25,6 +27,11 @@ class EvaluateConfig:
     policies: list[str] = required(
         "one or more of NAME=PATH or PATH: checkpoints, PEFT adapter folders or run folders; the "
         "first is the baseline"
+    )
+    along: bool = setting(
+        False,
+        "the policies are run folders of ppo with checkpoints (--save-steps): evaluate each "
+        "checkpoint, and set the learned reward against the judge's over the KL",
     )
     base: str | None = setting(
         None, "model the adapters are for, where their configuration does not say"
@@ -51,7 +58,9 @@ class EvaluateConfig:
     response_length: int = setting(64, "most tokens in an answer")
     batch_size: int = setting(64, "prompts answered at a time")
     rouge: bool = setting(False, "ROUGE against a reference, completion or chosen column")
-    output: str | None = setting(None, "folder for evaluation.json and evaluation.png")
+    output: str | None = setting(
+        None, "folder for evaluation.json and .png; with --along, overoptimisation.json and .png"
+    )
     seed: int = setting(0, "of sampling and of the bootstrap")
     show: int = setting(3, "prompts whose answers are printed")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one")
@@ -75,7 +84,7 @@ class EvaluateConfig:
 ARGUMENTS = (EvaluateConfig,)
 
 
-def run(config: EvaluateConfig) -> Evaluation:
+def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
     """Samples, judges, prints; writes JSON and PNG where ``output`` is set."""
     if config.output is not None and Path(config.output).is_file():
         raise UserError(f"output {config.output} is a file, not a folder")
@@ -85,16 +94,11 @@ def run(config: EvaluateConfig) -> Evaluation:
     if len(set(names)) < len(names):
         raise UserError(f"two policies have the same name: {', '.join(names)}; use NAME=PATH")
     device = sft.make_accelerator(config.device).device
+    if config.along:
+        return _along(config, named, device)
     baseline, tokenizer = evaluate.load_policy(named[0][1], base=config.base, device=device)
     prompts = _prompts(config, tokenizer)
     judge = _judge(config, device)
-    sampling = Sampling(
-        response_length=config.response_length,
-        temperature=config.temperature or 1.0,
-        stop_ids=stop_token_ids(tokenizer, "eos"),
-        pad_id=pad_token_id(tokenizer),
-        do_sample=config.temperature > 0,
-    )
     tracker = Tracker(None)
     answers: list[Answers] = []
     with tracker.progress("Answers", len(named) * len(prompts)) as bar:
@@ -113,11 +117,7 @@ def run(config: EvaluateConfig) -> Evaluation:
                     model,
                     own,
                     prompts,
-                    sampling
-                    if same
-                    else sampling._replace(
-                        stop_ids=stop_token_ids(own, "eos"), pad_id=pad_token_id(own)
-                    ),
+                    _sampling(config, own),
                     # Log-probabilities of one vocabulary mean nothing in another.
                     baseline=baseline if same else None,
                     seed=config.seed,
@@ -140,6 +140,50 @@ def run(config: EvaluateConfig) -> Evaluation:
         drawn = evaluate.draw(evaluation, folder / "evaluation.png")
         tracker.say(f"Written: {folder / 'evaluation.json'}{f' and {drawn}' if drawn else ''}")
     return evaluation
+
+
+def _along(config: EvaluateConfig, named: list[tuple[str, str]], device: Any) -> list[Curve]:
+    judge = _judge(config, device)
+    if not isinstance(judge, ScoreJudge):
+        raise UserError("--along needs a judge that scores answers and was not trained on: --judge")
+    tracker = Tracker(None)
+    curves = []
+    for name, path in named:
+        ppo_run = overoptimisation.open_run(path, base=config.base, device=device)
+        prompts = _prompts(config, ppo_run.tokenizer)
+        with tracker.progress(name, 1 + len(ppo_run.adapters)) as bar:
+            curve = overoptimisation.follow(
+                name,
+                ppo_run,
+                prompts,
+                judge,
+                _sampling(config, ppo_run.tokenizer),
+                seed=config.seed,
+                batch_size=config.batch_size,
+                on_policy=bar.update,
+            )
+        curves.append(curve)
+        tracker.say()
+        tracker.show(overoptimisation.points_table(curve))
+        tracker.say(curve.verdict())
+    if config.output is not None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / "overoptimisation.json"
+        written.write_text(overoptimisation.to_json(curves), encoding="utf-8")
+        drawn = draw_overoptimisation(curves, written.with_suffix(".png"))
+        tracker.say(f"Written: {written}{f' and {drawn}' if drawn else ''}")
+    return curves
+
+
+def _sampling(config: EvaluateConfig, tokenizer: Any) -> Sampling:
+    return Sampling(
+        response_length=config.response_length,
+        temperature=config.temperature or 1.0,
+        stop_ids=stop_token_ids(tokenizer, "eos"),
+        pad_id=pad_token_id(tokenizer),
+        do_sample=config.temperature > 0,
+    )
 
 
 def _show(config: EvaluateConfig, tracker: Tracker, evaluation: Evaluation) -> None:
