@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import transformers
 from accelerate import Accelerator
 
 import hydra_kernels
 from hydra_rlhf import trackers
+from hydra_rlhf.data.lengths import tokens
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.records import check_run_dir, open_run_dir
+from hydra_rlhf.rollout import encode_prompts
 from hydra_rlhf.settings import required, setting
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -79,6 +83,41 @@ def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
                 f"(can: {', '.join(every[op])})"
             )
     os.environ["HYDRA_BACKEND"] = name
+
+
+def limits(
+    overlong: str,
+    model: str,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    response_length: int = 0,
+    apply_chat_template: bool = False,
+) -> dict[str, Any]:
+    """``max_length`` and ``overlong`` for the loaders of ``hydra_rlhf.data``.
+
+    Args:
+        overlong: What the user chose.
+        model: Its context counts, where it names one.
+        tokenizer: What it puts around a prompt is not the prompt's to fill.
+        max_length: The user's limit.
+        response_length: Tokens to leave free in the context.
+        apply_chat_template: As in ``rollout.encode_prompts``.
+
+    Raises:
+        UserError: neither the user nor the model has a limit, or it leaves no room.
+    """
+    context = None
+    with contextlib.suppress(OSError, ValueError):  # which loading the model will report
+        found = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        context = getattr(found.get_text_config(), "max_position_embeddings", None)
+    free = None if context is None else context - response_length
+    known = [n for n in (max_length, free) if n is not None]
+    if not known:
+        raise UserError(f"overlong {overlong} needs max_length: {model} names no context")
+    word, _ = encode_prompts(tokenizer, ["a"], apply_chat_template=apply_chat_template)
+    around = word.shape[1] - len(tokens(tokenizer, "a"))
+    return {"max_length": min(known) - around, "overlong": overlong}
 
 
 def command_line() -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 
 from hydra_rlhf import data, evaluate, ppo, sft, sharding
 from hydra_rlhf.cards import write_cards
-from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
+from hydra_rlhf.commands.inputs import (
+    OutputConfig,
+    command_line,
+    limits,
+    open_shared_run_dir,
+)
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, models_of
@@ -36,6 +41,14 @@ class PPOInput:
     prompts: str = required("prompts: a file, a folder or a hub name; other columns are kept")
     prompt_split: str | None = setting(None, "split of the prompts; train when not set")
     eval_prompts: str | None = setting(None, "held-out prompts, for --eval-steps")
+    format: str | None = setting(
+        None, "name of the prompts' format, where their columns tell another; see data check"
+    )
+    overlong: Literal["error", "drop", "truncate"] = setting(
+        "error",
+        "prompts that leave the response no room, or are above max_prompt_length: an error, "
+        "dropped, or truncated at their beginning",
+    )
 
 
 @dataclass
@@ -60,10 +73,18 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
         raise UserError("ppo: --sft-model-path is required")
     config.sft_model_path = evaluate.resolve_checkpoint(config.sft_model_path)
     tokenizer = evaluate.load_tokenizer(config.sft_model_path)
-    prompts = data.load_prompts(given.prompts, split=given.prompt_split, tokenizer=tokenizer)
-    held_out = (
-        data.load_prompts(given.eval_prompts, tokenizer=tokenizer) if given.eval_prompts else None
-    )
+    options: dict[str, Any] = {"tokenizer": tokenizer, "format": given.format}
+    if given.overlong != "error":  # check_prompts has the error
+        options |= limits(
+            given.overlong,
+            config.sft_model_path,
+            tokenizer,
+            max_length=config.max_prompt_length,
+            response_length=config.response_length,
+            apply_chat_template=config.apply_chat_template,
+        )
+    prompts = data.load_prompts(given.prompts, split=given.prompt_split, **options)
+    held_out = data.load_prompts(given.eval_prompts, **options) if given.eval_prompts else None
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
     models, reward_fn = models_of(
         config, device=accelerator.device, sharded=sharding.is_asked_for(accelerator)

@@ -11,7 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from hydra_rlhf import data, evaluate, raft, sft, sharding
-from hydra_rlhf.commands.inputs import OutputConfig, command_line, open_shared_run_dir
+from hydra_rlhf.commands.inputs import (
+    OutputConfig,
+    command_line,
+    limits,
+    open_shared_run_dir,
+)
 from hydra_rlhf.commands.ppo import loading_code
 from hydra_rlhf.data import Preference
 from hydra_rlhf.errors import UserError
@@ -35,6 +40,15 @@ class SFTInput:
         None, "answers to imitate (prompt and completion), besides the pairs or instead; see --mix"
     )
     pair_split: str | None = setting(None, "split of the pairs; train when not set")
+    format: str | None = setting(
+        None, "name of the pairs' format, where their columns tell another; see data check"
+    )
+    sft_format: str | None = setting(None, "name of the format of --sft-data")
+    overlong: Literal["cut", "error", "drop", "truncate"] = setting(
+        "cut",
+        "what does not fit the context. cut: an answer loses its end, a prompt that leaves no room "
+        "is an error; error; drop; truncate: such a prompt loses its beginning",
+    )
     eval_data: str | None = setting(None, "held-out pairs to measure on")
     eval_share: float = setting(
         0.02, "share of the pairs to hold out where eval_data is not given; 0 for none"
@@ -60,8 +74,15 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
     """Trains, and writes the checkpoint into ``output_dir/model``."""
     output.check()
     tokenizer = evaluate.load_tokenizer(given.model)
-    pairs, held_out = _pairs(given, config, tokenizer)
-    demonstrations = data.load_sft(given.sft_data, tokenizer=tokenizer) if given.sft_data else []
+    limit: dict[str, Any] = {}
+    if given.overlong != "cut":  # which is how examples are encoded
+        limit = limits(given.overlong, given.model, tokenizer, max_length=config.max_length)
+    pairs, held_out = _pairs(given, config, tokenizer=tokenizer, **limit)
+    demonstrations = []
+    if given.sft_data:
+        demonstrations = data.load_sft(
+            given.sft_data, tokenizer=tokenizer, format=given.sft_format, **limit
+        )
     accelerator = sft.make_accelerator(output.device, given.mixed_precision)
     seed_everything(config.seed)  # new adapters are drawn before training
     model = _load(given)
@@ -174,17 +195,19 @@ def add_lora(model: HydraModel, config: SFTConfig) -> HydraModel:
 
 
 def _pairs(
-    given: SFTInput, config: SFTConfig, tokenizer: Any
+    given: SFTInput, config: SFTConfig, **options: Any
 ) -> tuple[list[Preference], list[Preference]]:
     if given.pair_data is None:
         if config.objective != "sft":
             raise UserError(f"objective {config.objective} needs --pair-data")
-        return [], data.load_preferences(given.eval_data) if given.eval_data else []
-    pairs = data.load_preferences(given.pair_data, split=given.pair_split, tokenizer=tokenizer)
+        held_out = data.load_preferences(given.eval_data, **options) if given.eval_data else []
+        return [], held_out
+    options["format"] = given.format
+    pairs = data.load_preferences(given.pair_data, split=given.pair_split, **options)
     if not pairs:
         raise UserError(f"{given.pair_data} holds no pairs")
     if given.eval_data is not None:
-        return pairs, data.load_preferences(given.eval_data, tokenizer=tokenizer)
+        return pairs, data.load_preferences(given.eval_data, **options)
     held = round(given.eval_share * len(pairs))
     if held == 0:
         return pairs, []

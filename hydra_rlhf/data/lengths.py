@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from hydra_rlhf.data.example import Demonstration, Preference, Prompt
 from hydra_rlhf.errors import UserError
+
+_log = logging.getLogger("hydra_rlhf")
 
 E_ = TypeVar("E_", Prompt, Demonstration, Preference)
 
@@ -42,17 +45,27 @@ def limit_length(
 def fit(
     placed: Iterable[tuple[str, E_]], tokenizer: Any, max_length: int, *, overlong: str
 ) -> Iterator[tuple[str, E_]]:
-    """:func:`limit_length` one by one, on examples that come with their place."""
+    """:func:`limit_length` one by one, on examples that come with their place.
+
+    A warning at the end says how many were dropped or truncated.
+    """
     if max_length < 3:
         raise UserError(f"max_length: expected at least 3 tokens, got {max_length}")
+    changed = count = 0
     for where, example in placed:
+        count += 1
         problem = overlong_by(example, tokenizer, max_length)
         if not problem:
             yield where, example
         elif overlong == "error":
             raise UserError(f"{where}: {problem} (or choose to drop or truncate what is too long)")
-        elif overlong == "truncate":
-            yield where, _cut(example, tokenizer, max_length)
+        else:
+            changed += 1
+            if overlong == "truncate":
+                yield where, _cut(example, tokenizer, max_length)
+    if changed:
+        done = "dropped" if overlong == "drop" else "truncated"
+        _log.warning("%d of %d examples did not fit and were %s", changed, count, done)
 
 
 def overlong_by(example: Prompt | Demonstration | Preference, tokenizer: Any, context: int) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +15,8 @@ from hydra_rlhf import cli
 from hydra_rlhf.commands.sft import ARGUMENTS as SFT_ARGUMENTS
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
-from hydra_rlhf.evaluate import load_policy
+from hydra_rlhf.evaluate import load_policy, load_tokenizer
+from hydra_rlhf.model import HydraModel
 
 ROOT = Path(__file__).parents[2]
 PAIR = {"prompt": "The rain.", "chosen": " I like it.", "rejected": " No."}
@@ -234,6 +236,59 @@ def test_bad_prompts_for_ppo(tmp_path, model, prompts, capsys):
         *("--output-dir", tmp_path / "run", "--response-length", "8"),
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
+    """A context of 32 less 8 for the response; the tokenizer adds nothing to a prompt."""
+    lines = [json.dumps({"prompt": text}) for text in ("The rain. " * 40, "The rain.")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    start = HydraModel.from_pretrained(model)
+    torch.nn.init.ones_(start.reward_head.weight)
+    start.save_pretrained(tmp_path / "start")
+    load_tokenizer(model).save_pretrained(tmp_path / "start")
+    capsys.readouterr()
+
+    def argv(name, *flags):
+        base = ["ppo", "--sft-model-path", tmp_path / "start", "--prompts", tmp_path / "p.jsonl"]
+        base += ["--output-dir", tmp_path / name, "--response-length", "8", "--max-steps", "1"]
+        return [str(a) for a in (*base, "--per-device-train-batch-size", "2", *flags)]
+
+    assert "prompt 0 has" in fails(capsys, *argv("a"))
+    for choice, done in (("drop", "dropped"), ("truncate", "truncated")):
+        assert cli.main(argv(choice, "--overlong", choice)) == 0
+        assert f"1 of 2 examples did not fit and were {done}" in caplog.text
+        shown = (tmp_path / choice / "samples.jsonl").read_text()
+        assert shown.count('"The rain."') == (2 if choice == "drop" else 1)
+    short = ("--overlong", "drop", "--response-length", "31")
+    assert "at least 3 tokens" in fails(capsys, *argv("b", *short))
+    assert "format" in fails(capsys, *argv("b", "--format", "no-such"))
+    (tmp_path / "p.jsonl").write_text(lines[0])
+    assert "p.jsonl: no prompts in it" in fails(capsys, *argv("b", "--overlong", "drop"))
+
+
+def test_overlong_pairs_for_sft(tmp_path, model, capsys, caplog):
+    """The same three choices on the prompt, the answer cut as ever; each says what it did."""
+    long = {**PAIR, "prompt": PAIR["prompt"] * 20}
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [PAIR, long, PAIR])))
+
+    def argv(name, *flags):
+        base = ["sft", "--model", model, "--pair-data", tmp_path / "p.jsonl", "--eval-share", "0"]
+        base += ["--output-dir", tmp_path / name, "--max-steps", "1", "--batch-size", "3", *flags]
+        return [str(a) for a in base]
+
+    assert "prompt of training pair 2" in fails(capsys, *argv("a"))
+    assert "p.jsonl, line 2: the prompt has" in fails(capsys, *argv("b", "--overlong", "error"))
+    tokens = {}
+    for choice, done in (("drop", "dropped"), ("truncate", "truncated")):
+        caplog.clear()
+        assert cli.main(argv(choice, "--overlong", choice)) == 0
+        assert f"1 of 3 examples did not fit and were {done}" in caplog.text
+        report = (tmp_path / choice / "README.md").read_text()
+        tokens[choice] = int(report.partition(" steps, ")[2].partition(" tokens")[0])
+    # Two rows of the truncated pair come to it, each all of the context.
+    assert tokens["drop"] + 32 < tokens["truncate"] <= tokens["drop"] + 2 * 32
+    assert "format" in fails(capsys, *argv("c", "--format", "no-such"))
+    assert "has no pairs" in fails(capsys, *argv("d", "--format", "prompt-only"))
 
 
 def test_evaluate_wants_policies_that_exist(tmp_path, model, capsys):
