@@ -105,6 +105,7 @@ ARMS = (
         settings={"objective": "dpo", "lora_r": 16, "learning_rate": 1e-3, "epochs": 0.5},
     ),
     _joint("vf_coef / 10", vf_coef=0.01),
+    _joint("vf_coef x 10", vf_coef=1.0),  # no remedy: how much it can hurt
     _joint("value head's rate x 10", critic_learning_rate=1e-2),
     _joint("5 critic steps first", critic_warmup_steps=5),
     _joint("value loss to the head alone", detach_values=True),
@@ -338,25 +339,25 @@ class Study:
 
     def evaluate(self, arm: Arm, seed: int, model: HydraModel, role: str) -> dict[str, Any]:
         """Answers to the held-out prompts: gold reward, KL to ``arm.base``, learned reward."""
+        names = {name for name in (arm.base, arm.reward) if name}
+        others = {n: HydraModel.from_pretrained(self.checkpoint(n, seed)) for n in names}
+        answers = evaluate.answer(
+            arm.name,
+            model,
+            self.tokenizer,
+            self.test_prompts,
+            sampling_of(self.scale.ppo, self.tokenizer),
+            baseline=others.get(arm.base),
+            reward_model=others.get(arm.reward),
+            role=role,
+            seed=seed,
+            batch_size=200,
+        )
         found: dict[str, Any] = {}
-        others = dict.fromkeys(filter(None, (arm.base, arm.reward)))
-        for name in others or ("",):
-            other = HydraModel.from_pretrained(self.checkpoint(name, seed)) if name else None
-            answers = evaluate.answer(
-                arm.name,
-                model,
-                self.tokenizer,
-                self.test_prompts,
-                sampling_of(self.scale.ppo, self.tokenizer),
-                baseline=other,
-                role=role,
-                seed=seed,
-                batch_size=200,
-            )
-            if name == arm.base and answers.kl is not None:
-                found["kl"] = sum(answers.kl) / len(answers.kl)
-            if name == arm.reward and answers.rewards is not None:
-                found["reward"] = sum(answers.rewards) / len(answers.rewards)
+        if answers.kl is not None:
+            found["kl"] = sum(answers.kl) / len(answers.kl)
+        if answers.rewards is not None:
+            found["reward"] = sum(answers.rewards) / len(answers.rewards)
         judged = evaluate.judge_answers(
             self.test_prompts, [answers], ScoreJudge("gold", evaluate.gold), seed=seed
         )
