@@ -62,16 +62,14 @@ bool lora_linear_fwd(
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
     const std::vector<double>& scales, bool adapters_are_bf16,
     const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
-    std::int64_t saved_rows, std::int64_t saved_stride);
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed);
 // The adapters' part of dx and their gradients; false, and nothing written, where every row is off.
 bool lora_linear_bwd(
     std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
     const std::vector<double>& scales, bool adapters_are_bf16,
     const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
-    std::int64_t saved_rows, std::int64_t saved_stride, std::uintptr_t dx);
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t dx);
 // out (N, K) = W + the sum of scale B A, all float32.
 void lora_linear_merge(
     std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,

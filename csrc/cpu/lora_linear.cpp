@@ -20,6 +20,7 @@
 #include "cpu/lora_dropout.h"
 #include "cpu/lora_layout.h"
 #include "cpu/lora_panels.h"
+#include "cpu/lora_worker.h"
 #include "cpu/parallel.h"
 
 namespace hydra::cpu {
@@ -27,194 +28,7 @@ namespace {
 
 using namespace lora;
 
-constexpr std::int64_t kChunkRows = 256;         // rows whose gradients are summed up on their own
-constexpr std::int64_t kParallelWork = 1 << 20;  // multiply-adds below which threads cost more
-
-struct Call {
-  std::int64_t num_rows, num_inputs, x_stride;
-  std::vector<Adapter> adapters;
-  std::vector<Projection> projections;
-  bool adapters_are_bf16;
-  Dropout dropout;
-  Layout layout;
-  // The first rows' s, kept by forward for backward: (saved_rows, saved_stride).
-  float* saved;
-  std::int64_t saved_rows, saved_stride;
-
-  std::int64_t groups() const { return (num_inputs + 7) / 8; }
-  bool parallel() const {
-    return layout.first_off * num_inputs * layout.most_ranks > kParallelWork;
-  }
-};
-
-// ---- packing the factors that rows need, all columns in parallel
-
-struct Pack {
-  Class* of;
-  std::ptrdiff_t projection;  // -1: A
-  std::int64_t col;
-};
-
-std::vector<Pack> plan_packs(
-    Call& call, bool a_narrow, bool a_wide, bool b_narrow, bool b_wide, Arena& arena) {
-  std::vector<Pack> packs;
-  for (Class& c : call.layout.classes) {
-    if (c.num_rows == 0) continue;
-    if (a_narrow || a_wide) {
-      make_packed(c.a, call.num_inputs, c.num_ranks, a_narrow, a_wide, arena);
-      for (std::int64_t col = 0; col < call.num_inputs; col += kCols) packs.push_back({&c, -1, col});
-    }
-    c.b.resize(call.projections.size());
-    for (std::size_t p = 0; p < c.b.size() && (b_narrow || b_wide); ++p) {
-      const std::int64_t n = call.projections[p].num_outputs;
-      make_packed(c.b[p], n, c.ranks[p].count, b_narrow, b_wide, arena);
-      for (std::int64_t col = 0; col < n; col += kCols) {
-        packs.push_back({&c, static_cast<std::ptrdiff_t>(p), col});
-      }
-    }
-  }
-  return packs;
-}
-
-template <class T>
-void pack(const Call& call, const Pack& task, int wide_block) {
-  Class& c = *task.of;
-  const bool of_a = task.projection < 0;
-  const auto p = static_cast<std::size_t>(task.projection);
-  Packed& packed = of_a ? c.a : c.b[p];
-  const std::int64_t ranks = of_a ? c.num_ranks : c.ranks[p].count;
-  const std::int64_t num_cols = of_a ? call.num_inputs : call.projections[p].num_outputs;
-  const int width = static_cast<int>(std::min<std::int64_t>(kCols, num_cols - task.col));
-  clear_columns(ranks, task.col, packed);
-  for (std::size_t i = 0; i < c.adapters.size(); ++i) {
-    const Adapter& f = call.adapters[c.adapters[i]];
-    if (of_a) {
-      pack_columns(
-          reinterpret_cast<const T*>(f.a), f.a_stride_rank, f.a_stride_col, f.rank, c.at[i], ranks,
-          task.col, width, wide_block, packed);
-    } else if (f.projection == task.projection) {
-      pack_columns(
-          reinterpret_cast<const T*>(f.b), f.b_stride_rank, f.b_stride_col, f.rank,
-          c.at[i] - c.ranks[p].start, ranks, task.col, width, wide_block, packed);
-    }
-  }
-}
-
-void pack_one(const Call& call, const Pack& task, int wide_block) {
-  if (call.adapters_are_bf16) {
-    pack<std::uint16_t>(call, task, wide_block);
-  } else {
-    pack<float>(call, task, wide_block);
-  }
-}
-
-// ---- what a thread works with
-
-template <class T>
-struct Worker {
-  const Call& call;
-  const Level<T> fn = level<T>();
-  Buffer panel = make_buffer(kRows * kCols);
-  Buffer total, s, ds, packed;
-  std::vector<std::uint8_t> mask;
-  const std::int64_t* index = nullptr;  // of the rows
-  int num_rows = 0;
-  T* rows[kRows];  // of whichever matrix
-
-  explicit Worker(const Call& c) : call(c) {
-    const std::int64_t most = c.layout.most_ranks;
-    total = make_buffer(kRows * round_up(most, 64));
-    s = make_buffer(kRows * most);
-    ds = make_buffer(kRows * most);
-    packed = make_buffer(kRows * most);
-    std::memset(panel.get(), 0, sizeof(float) * kRows * kCols);
-    if (c.dropout.threshold != 0) {
-      mask.resize(static_cast<std::size_t>(mask_bytes(kRows, c.groups())));
-    }
-  }
-
-  void take(std::int64_t first, std::int64_t count) {
-    index = call.layout.order.data() + first;
-    num_rows = static_cast<int>(count);
-  }
-
-  void point(std::uintptr_t at, std::int64_t stride) {
-    for (int i = 0; i < num_rows; ++i) rows[i] = reinterpret_cast<T*>(at) + index[i] * stride;
-  }
-
-  const std::uint8_t* drawn() const { return mask.empty() ? nullptr : mask.data(); }
-
-  void draw() {
-    if (!mask.empty()) draw_mask(index, num_rows, call.groups(), call.dropout, mask.data());
-  }
-
-  void load(std::int64_t col, std::int64_t num_cols, const std::uint8_t* bits) {
-    const int width = static_cast<int>(std::min<std::int64_t>(kCols, num_cols - col));
-    fn.load({rows, num_rows, col, width, bits, call.groups(), panel.get()});
-  }
-
-  void start(const Packed& factor) {
-    std::memset(
-        total.get(), 0,
-        sizeof(float) * static_cast<std::size_t>(factor.num_blocks * kRows * factor.shape.lanes));
-  }
-
-  void shrink(const Packed& factor, std::int64_t col) {
-    factor.shape.run(
-        {panel.get(), num_rows, factor.narrow + col * factor.shape.block, factor.stride,
-         factor.num_blocks, total.get()});
-  }
-
-  // The sums of shrink() times their scale, into columns at .. at + count of `to`.
-  void finish(
-      const Packed& factor, const Class& c, std::int64_t at, std::int64_t count, float* to) const {
-    const int block = factor.shape.block, lanes = factor.shape.lanes;
-    for (int b = 0; b < factor.num_blocks; ++b) {
-      const std::int64_t first = at + static_cast<std::int64_t>(b) * block;
-      const int width = static_cast<int>(std::min<std::int64_t>(block, at + count - first));
-      const float* scale = c.scale.data() + first;
-      const float* from = total.get() + b * kRows * lanes;
-      for (int i = 0; i < num_rows; ++i, from += lanes) {
-        float* row = to + i * c.num_ranks + first;
-        if (lanes == block) {
-          for (int r = 0; r < width; ++r) row[r] = scale[r] * from[r];
-        } else {
-          for (int r = 0; r < width; ++r) row[r] = scale[r] * (from[2 * r] + from[2 * r + 1]);
-        }
-      }
-    }
-  }
-
-  void make_s(const Class& c, std::uintptr_t x) {
-    point(x, call.x_stride);
-    start(c.a);
-    for (std::int64_t col = 0; col < call.num_inputs; col += kCols) {
-      load(col, call.num_inputs, drawn());
-      shrink(c.a, col);
-    }
-    finish(c.a, c, 0, c.num_ranks, s.get());
-  }
-
-  // Between s and what is saved of it, for rows that are.
-  template <class Copy>
-  void each_saved(const Class& c, const Copy& copy) {
-    for (int i = 0; i < num_rows; ++i) {
-      if (index[i] >= call.saved_rows) continue;
-      copy(
-          call.saved + index[i] * call.saved_stride, s.get() + i * c.num_ranks,
-          sizeof(float) * static_cast<std::size_t>(c.num_ranks));
-    }
-  }
-
-  void expand(
-      const float* from, std::int64_t stride, std::int64_t ranks, const Packed* factor,
-      const float* bias, std::int64_t num_cols, const std::uint8_t* bits) {
-    fn.expand(
-        {from, stride, static_cast<int>(ranks), num_rows,
-         factor == nullptr ? nullptr : factor->wide, bias, 0, num_cols, bits,
-         call.groups(), rows, packed.get()});
-  }
-};
+constexpr std::int64_t kChunkRows = 256;  // rows whose gradients are summed up on their own
 
 Arena& scratch() {
   static thread_local Arena arena;
@@ -252,9 +66,6 @@ void fwd_block(
   if (block.of != nullptr) {
     w.draw();
     w.make_s(*block.of, x);
-    w.each_saved(*block.of, [](float* kept, const float* s, std::size_t bytes) {
-      std::memcpy(kept, s, bytes);
-    });
   }
   for (std::size_t p = 0; p < call.projections.size(); ++p) {
     const Projection& to = call.projections[p];
@@ -321,17 +132,7 @@ void bwd_rows(
     const Call& call, std::uintptr_t x, std::uintptr_t dx, const Wanted& want, const Class& c,
     const Sums& sums, const float* zeros, float* g, Worker<T>& w) {
   w.draw();
-  if (want.b) {
-    bool all_saved = call.saved != nullptr;
-    for (int i = 0; i < w.num_rows && all_saved; ++i) all_saved = w.index[i] < call.saved_rows;
-    if (all_saved) {
-      w.each_saved(c, [](const float* kept, float* s, std::size_t bytes) {
-        std::memcpy(s, kept, bytes);
-      });
-    } else {
-      w.make_s(c, x);
-    }
-  }
+  if (want.b) w.make_s(c, x);
   const bool want_ds = want.a || want.x;
   if (want_ds) {
     std::memset(w.ds.get(), 0, sizeof(float) * static_cast<std::size_t>(kRows * c.num_ranks));
@@ -536,8 +337,7 @@ bool read_call(
     std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
     const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
     bool adapters_are_bf16, const std::vector<std::int64_t>& projections, std::uintptr_t ids,
-    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed,
-    std::uintptr_t saved, std::int64_t saved_rows, std::int64_t saved_stride, Call& call) {
+    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed, Call& call) {
   call.num_rows = num_rows;
   call.num_inputs = num_inputs;
   call.x_stride = x_stride;
@@ -545,9 +345,6 @@ bool read_call(
   call.projections = read_projections(projections);
   call.adapters_are_bf16 = adapters_are_bf16;
   call.dropout = make_dropout(dropout, reinterpret_cast<const std::int64_t*>(seed));
-  call.saved = reinterpret_cast<float*>(saved);
-  call.saved_rows = saved_rows;
-  call.saved_stride = saved_stride;
   const auto* id = reinterpret_cast<const std::int64_t*>(ids);
   call.layout.classes =
       make_classes(call.adapters, call.projections.size(), id != nullptr, num_adapters);
@@ -561,12 +358,11 @@ bool lora_linear_fwd(
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
     const std::vector<double>& scales, bool adapters_are_bf16,
     const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
-    std::int64_t saved_rows, std::int64_t saved_stride) {
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed) {
   Call call;
   const bool any = read_call(
       num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
-      num_ids, num_adapters, dropout, seed, saved, saved_rows, saved_stride, call);
+      num_ids, num_adapters, dropout, seed, call);
   if (!any) return false;
   x_is_bf16 ? fwd<std::uint16_t>(call, x) : fwd<float>(call, x);
   return true;
@@ -577,12 +373,11 @@ bool lora_linear_bwd(
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
     const std::vector<double>& scales, bool adapters_are_bf16,
     const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t saved,
-    std::int64_t saved_rows, std::int64_t saved_stride, std::uintptr_t dx) {
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t dx) {
   Call call;
   const bool any = read_call(
       num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
-      num_ids, num_adapters, dropout, seed, saved, saved_rows, saved_stride, call);
+      num_ids, num_adapters, dropout, seed, call);
   if (!any) return false;
   Wanted want{dx != 0, false, false};
   for (const Adapter& f : call.adapters) {
@@ -600,7 +395,7 @@ void lora_linear_merge(
   Call call;
   read_call(
       num_outputs, num_inputs, 0, adapters, scales, false, {num_outputs, 0, 0, 0}, 0, 0, 1, 0.0, 0,
-      0, 0, 0, call);
+      call);
   Arena& arena = scratch();
   call.layout.classes[0].num_rows = num_outputs;
   const auto packs = plan_packs(call, false, true, false, false, arena);

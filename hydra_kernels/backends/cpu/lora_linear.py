@@ -342,9 +342,6 @@ def _arguments(
         plan.num_adapters,
         plan.dropout,
         0 if seed is None else seed.data_ptr(),
-        0,
-        0,
-        0,
     )
 
 
