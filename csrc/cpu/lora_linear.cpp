@@ -337,7 +337,8 @@ bool read_call(
     std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
     const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
     bool adapters_are_bf16, const std::vector<std::int64_t>& projections, std::uintptr_t ids,
-    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed, Call& call) {
+    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed,
+    Call& call) {
   call.num_rows = num_rows;
   call.num_inputs = num_inputs;
   call.x_stride = x_stride;
