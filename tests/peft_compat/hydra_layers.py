@@ -11,7 +11,7 @@ import os
 from collections import Counter, defaultdict
 
 from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 
 from hydra_kernels import peft as hydra_peft
 from tests import testing_utils  # PEFT's
@@ -84,14 +84,14 @@ def pytest_configure(config):
     testing_utils._HUB_MODEL_ACCESSES = Cached(int)
     count_forwards()
     if WAY == "fuse":
-        inject = LoraModel.inject_adapter
+        inject = BaseTuner.inject_adapter  # of mixed models too
 
         def inject_and_fuse(self, *args, **kwargs):
             result = inject(self, *args, **kwargs)
             hydra_peft.fuse(self)
             return result
 
-        LoraModel.inject_adapter = inject_and_fuse
+        BaseTuner.inject_adapter = inject_and_fuse
     elif WAY == "register":
         finish = LoraConfig.__post_init__
 
