@@ -174,6 +174,7 @@ def train(
         batches=PromptBatches(len(prompts), config.local_batch_size * processes.count, config.seed),
         shuffle=torch.Generator().manual_seed(config.seed + 1),
         processes=processes,
+        scaler=accelerator.scaler,
     )
     folder = None if run_dir is None else Path(run_dir)
     faults = "faults" if processes.is_main else f"faults/process-{processes.index}"

@@ -75,6 +75,7 @@ class RunState:
     batches: PromptBatches
     shuffle: torch.Generator
     processes: Processes
+    scaler: torch.amp.GradScaler | None = None  # of fp16
 
     def save(self, store: CheckpointStore, step: int) -> Path | None:
         """Takes the checkpoint of ``step``; None, and a warning, where the disk refuses.
@@ -108,6 +109,7 @@ class RunState:
                 "batches": self.batches.state_dict(),
                 "shuffle": self.shuffle.get_state(),
                 "minibatch": self._minibatch(),
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "rng": rng,
             },
         )
@@ -142,6 +144,8 @@ class RunState:
         vars(self.kl_controller).update(state["kl_controller"])
         if self.moments is not None:
             vars(self.moments).update(state["moments"])
+        if self.scaler is not None and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         self.shuffle.set_state(state["shuffle"])
         if self.processes.index < len(state["rng"]):

@@ -79,6 +79,8 @@ class Trainer:
         if self.processes.sharding is None:
             model.to(accelerator.device)
         else:
+            if accelerator.mixed_precision == "fp16":
+                raise UserError("sft cannot scale split gradients for fp16; use bf16 under FSDP")
             self.processes.sharding.shard(model, trained=True)
             whole = (p for p in model.parameters() if not isinstance(p, DTensor))
             self.processes.broadcast(p for p in whole if p.requires_grad)

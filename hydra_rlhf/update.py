@@ -61,7 +61,9 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
             processes.sum_gradients(trained_parameters(optimizer))
             norms = clip_gradients(config, optimizer, run.accelerator)
             losses = {n: found[n] for n in ("policy_loss", "value_loss") if n in found}
-            if run.bad.is_bad(step, losses | norms, experience.tensors(minibatch)):
+            if overflowed(run.accelerator, norms) or run.bad.is_bad(
+                step, losses | norms, experience.tensors(minibatch)
+            ):
                 bad += 1
             else:
                 rates = {f"lr/{g['name']}": torch.tensor(g["lr"]) for g in optimizer.param_groups}
@@ -73,6 +75,8 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
                 else:
                     optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if run.accelerator.scaler is not None:
+                run.accelerator.scaler.update()
             scheduler.step()
     return update_metrics(history, skipped) | {"policy/bad_updates": float(bad)}
 
@@ -221,6 +225,17 @@ def clip_gradients(
         norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
         norms[f"grad_norm/{group['name']}"] = norm
     return norms
+
+
+def overflowed(accelerator: Accelerator, norms: dict[str, Tensor]) -> bool:
+    """Whether fp16's loss scale was too large, which it finds out by trying: no fault of the run.
+
+    At scale 1 a gradient that is not finite is one.
+    """
+    scaler = accelerator.scaler
+    if scaler is None or scaler.get_scale() <= 1.0:
+        return False
+    return not bool(torch.stack(list(norms.values())).isfinite().all())
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

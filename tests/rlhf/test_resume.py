@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hydra_rlhf import checkpoint, ppo, update
@@ -258,6 +259,71 @@ def test_bad_updates_in_a_row_are_counted_from_the_last_good_one():
     assert bad.is_bad(1, figures, {})
     with pytest.raises(TrainingFault, match=r"not finite \(loss\) at step 1; lower"):
         bad.is_bad(1, figures, {})  # there is no folder for the batch, and nothing says so
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """As on a GPU in fp16, where accelerate scales losses: here by powers of 2, which is exact."""
+    made = []
+
+    class Scaled(Accelerator):
+        first = 2.0**10
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=self.first, growth_interval=5)
+            made.append(self.scaler)
+
+        def unscale_gradients(self, optimizer=None):
+            self.scaler.unscale_(optimizer)
+
+    monkeypatch.setattr(ppo, "Accelerator", Scaled)
+    return Scaled, made
+
+
+def test_a_loss_scale_changes_nothing_and_is_resumed(scaled, tmp_path, monkeypatch):
+    result = run(None)
+    stopped = run(tmp_path, stop_at=3)
+    resumed = run(tmp_path, resume=True)
+    whole, _, again = scaled[1]
+    assert whole.get_scale() > 2.0**10  # it grew
+    assert again.state_dict() == whole.state_dict()
+    assert figures(stopped) + figures(resumed) == figures(result)
+    monkeypatch.undo()
+    plain = run(None)
+    assert figures(plain) == figures(result)
+    for a, b in zip(trained(plain), trained(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+def gradients_overflow(monkeypatch, above):
+    """The gradient of one factor is inf wherever the loss scale is above a number."""
+    real = update.update_minibatch
+
+    def overflowing(run, *args, **kwargs):
+        found = real(run, *args, **kwargs)
+        if run.accelerator.scaler.get_scale() > above:
+            run.state.models.actor_parameters()[0].grad.fill_(math.inf)
+        return found
+
+    monkeypatch.setattr(update, "update_minibatch", overflowing)
+
+
+def test_a_loss_scale_that_is_too_large_is_no_fault(scaled, monkeypatch):
+    """It is halved until updates count, and again where it has grown too far."""
+    gradients_overflow(monkeypatch, above=2.0**7)
+    result = run(None, max_bad_updates=2)
+    bad = [m["policy/bad_updates"] for m in result.metrics]
+    assert bad[0] == 3 and 0 < sum(bad[1:]) <= 4
+    assert scaled[1][0].get_scale() in (2.0**7, 2.0**8)
+    assert all(p.isfinite().all() for p in trained(result))
+
+
+def test_at_scale_one_an_overflow_is_a_fault(scaled, monkeypatch):
+    scaled[0].first = 1.0
+    gradients_overflow(monkeypatch, above=0.0)
+    with pytest.raises(TrainingFault, match="grad_norm"):
+        run(None, max_bad_updates=2)
 
 
 def test_halves_are_rounded_up(caplog):
