@@ -148,9 +148,13 @@ class Study:
     def __init__(self, scale: Scale, records: Path, work: Path):
         self.scale, self.records = scale, records
         machine.commit()  # of the code that runs, not of what the checkout becomes meanwhile
-        described = json.dumps(dataclasses.asdict(scale), sort_keys=True)
-        self.sizes = hashlib.sha256(described.encode()).hexdigest()[:12]
-        self.work = work / self.sizes
+        self.sizes = {
+            f.name: getattr(scale, f.name)
+            for f in dataclasses.fields(scale)
+            if isinstance(getattr(scale, f.name), int)
+        }
+        described = json.dumps([self.sizes, _changed(scale.sft), _changed(scale.ppo)])
+        self.work = work / hashlib.sha256(described.encode()).hexdigest()[:12]
         self.pairs = bundled.demo_pairs("train")[: scale.num_pairs]
         texts = (pair.prompt + text for pair in self.pairs for text in (pair.chosen, pair.rejected))
         self.tokenizer = bundled.build_tokenizer(
@@ -164,12 +168,20 @@ class Study:
         """Seeds and arms in the records.
 
         Raises:
-            SystemExit: the records are of other sizes.
+            SystemExit: one of them was run with other settings, or on other prompts. Settings that
+                did not exist then do not count.
         """
-        found = read(self.records)
-        if other := {one["sizes"] for one in found} - {self.sizes}:
-            raise SystemExit(f"{self.records} holds arms of other sizes ({', '.join(other)})")
-        return {(one["seed"], one["arm"]) for one in found if one["kind"] == "arm"}
+        found = [one for one in read(self.records) if one["kind"] == "arm"]
+        for one in found:
+            now, then = self.settings(BY_NAME[one["arm"]]), one["settings"]
+            other = [name for name in now.keys() & then.keys() if now[name] != then[name]]
+            if len(one.get("scores", self.test_prompts)) != len(self.test_prompts):
+                other.append("num_eval_prompts")
+            if other:
+                raise SystemExit(
+                    f"{self.records}: {one['arm']} was run with another {', '.join(sorted(other))}"
+                )
+        return {(one["seed"], one["arm"]) for one in found}
 
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Trains and evaluates an arm, and adds its record."""
@@ -210,7 +222,7 @@ class Study:
         kept = dataclasses.asdict(config)
         for name in ("seed", "sft_model_path", "reward_model_path"):
             kept.pop(name, None)
-        return kept
+        return _rounded(kept)
 
     # Training
 
@@ -437,6 +449,13 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         found[one["kind"], one["arm"], one["seed"]] = one
     return list(found.values())
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The settings that are not at their defaults: a new one does not make a new study."""
+    default = type(config)()
+    every = dataclasses.asdict(config)
+    return {name: value for name, value in every.items() if value != getattr(default, name)}
 
 
 def _steps(stamps: list[float]) -> list[float]:

@@ -83,10 +83,27 @@ def test_what_is_done_is_not_done_again(study, record, monkeypatch):
     assert ran == []
 
 
-def test_other_sizes_are_refused(study, record):
-    other = Study(replace(SCALE, num_eval_prompts=5), study.records, study.work.parent)
-    with pytest.raises(SystemExit, match="other sizes"):
+@pytest.mark.parametrize(
+    ("scale", "name"),
+    [
+        (replace(SCALE, num_eval_prompts=5), "num_eval_prompts"),
+        (replace(SCALE, ppo=replace(SCALE.ppo, kl_coef=0.2, gamma=0.9)), "gamma, kl_coef"),
+    ],
+    ids=["prompts", "settings"],
+)
+def test_other_settings_are_refused(study, record, scale, name):
+    other = Study(scale, study.records, study.work.parent)
+    with pytest.raises(SystemExit, match=f"Hydra-PPO was run with another {name}$"):
         other.done()
+    assert other.work != study.work
+
+
+def test_settings_that_came_later_do_not_count(study, record, tmp_path):
+    (kept,) = read(study.records)
+    kept["settings"].pop("detach_values")
+    (tmp_path / "records.jsonl").write_text(json.dumps(kept) + "\n")
+    other = Study(SCALE, tmp_path / "records.jsonl", study.work.parent)
+    assert other.done() == {(3, "Hydra-PPO")}
 
 
 def test_a_torn_line_is_neither_read_nor_written_into(study, record, tmp_path):
