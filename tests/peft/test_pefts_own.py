@@ -274,3 +274,45 @@ def test_llama_layers_replicated_share_their_weights():
     hydra_peft.fuse(fused)
     assert len(fused.base_model.model.model.layers) == 3
     assert_same(stock, fused)
+
+
+def test_dropout_is_off_in_evaluation():
+    stock, fused = both(lora_dropout=0.5)
+    assert_same(stock.eval(), fused.eval())
+
+
+def test_adapters_drop_with_their_own_probabilities():
+    stock, fused = both(lora_dropout=0.0)
+    for layer in fused.modules():
+        if isinstance(layer, lora.Linear):
+            layer.lora_dropout["two"] = nn.Dropout(0.5)
+    tokens = make_tokens()
+    with hydra_peft.adapter_ids(fused.train(), torch.zeros(3, dtype=torch.long)):
+        expected = stock.train()(tokens).logits
+        torch.testing.assert_close(fused(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scaling_that_is_trained_gets_its_gradient():
+    gradients = []
+    for model in both():
+        scaling = torch.tensor(0.5, requires_grad=True)
+        model.base_model.model.model.layers[0].self_attn.q_proj.scaling["one"] = scaling
+        torch.manual_seed(1)
+        model(make_tokens()).logits.square().sum().backward()
+        gradients.append(scaling.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_all_modules_see_those_of_a_layer():
+    seen = []
+    for model in both():
+        called = []
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y, called=called: called.append(type(module).__name__)
+        )
+        try:
+            model(make_tokens())
+        finally:
+            hook.remove()
+        seen.append(called.count("Linear") + called.count("FusedLinear"))
+    assert seen[0] == seen[1]
