@@ -264,6 +264,13 @@ class PPOConfig(LoraSettings):
         "Run the blocks below the first adapted one once a rollout, for all roles, epochs and "
         "minibatches. [ours]",
     )
+    prefix_source: str = _field(
+        "scoring",
+        "Where those activations come from: scoring, whose pass makes the same bits as without "
+        "share_prefix; or rollout, which keeps the actor's while it samples (rollout_engine "
+        "'hydra') and differs from that by the dtype's rounding. [ours]",
+        choices=("scoring", "rollout"),
+    )
     prefix_device: str = _field(
         "auto",
         "Where those activations wait: device, cpu (pinned), or auto, which takes the device "

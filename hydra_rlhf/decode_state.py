@@ -92,10 +92,15 @@ class State:
     logprobs: Tensor  # (B, T)
     sampled_logprobs: Tensor  # (B, T)
     values: Tensor | None  # (B, T)
+    prefix: Tensor | None = None  # (B, L, D) what entered the first adapted block
 
     def outputs(self) -> dict[str, Tensor]:
         named = {n: getattr(self, n) for n in ("tokens", "logprobs", "sampled_logprobs", "values")}
         return {name: buffer for name, buffer in named.items() if buffer is not None}
+
+    def collected(self) -> dict[str, Tensor]:
+        """What a row leaves behind when it has finished."""
+        return self.outputs() | ({} if self.prefix is None else {"prefix": self.prefix})
 
     def changing(self) -> dict[str, Tensor]:
         """Everything that a token changes besides keys and values."""
@@ -121,8 +126,12 @@ def new_state(
     window: bool,
     values: bool,
     dtype: torch.dtype,
+    prefix: int = 0,
 ) -> State:
-    """Zeroed buffers for ``batch`` rows of ``prompt`` and ``tokens`` slots."""
+    """Zeroed buffers for ``batch`` rows of ``prompt`` and ``tokens`` slots.
+
+    ``prefix`` is the width of the activations to keep, 0 for none.
+    """
     device = like[0][0].device
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -141,4 +150,5 @@ def new_state(
         logprobs=zeros(batch, tokens, dtype=torch.float32),
         sampled_logprobs=zeros(batch, tokens, dtype=torch.float32),
         values=zeros(batch, tokens, dtype=torch.float32) if values else None,
+        prefix=zeros(batch, prompt + tokens, prefix, dtype=dtype) if prefix else None,
     )

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,34 +26,14 @@ from transformers.cache_utils import Cache
 import hydra_kernels.peft
 from hydra_kernels.replay import NotReplayable
 from hydra_rlhf.decode_state import Prefill, State, Unsupported, new_state
+from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
-from hydra_rlhf.rollout import Rollout, Sampling, response_lengths
+from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.rollout import generate as generate_by_transformers
 from hydra_rlhf.token_choice import Chosen, choose, is_filtered, write
 
 _log = logging.getLogger("hydra_rlhf")
-
-
-class Generated(NamedTuple):
-    """What :meth:`RolloutEngine.generate` returns, one row a prompt, T columns.
-
-    Attributes:
-        tokens: (N, T) int64; the pad id right of a response's end.
-        lengths: (N,) int64, tokens of each response, its stop token included.
-        ended: (N,) bool, True where a stop token came before the length ran out.
-        logprobs: (N, T) float32 in nats under the policy at this temperature, before any filter; 0
-            right of the end.
-        sampled_logprobs: (N, T) as logprobs, under the filtered distribution that was sampled from.
-        values: (N, T) float32, the value head at the state before each token; None unless asked.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    ended: Tensor
-    logprobs: Tensor
-    sampled_logprobs: Tensor
-    values: Tensor | None
 
 
 class RolloutEngine:
@@ -91,7 +71,7 @@ class RolloutEngine:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.replay = model.device.type == "cpu" if replay is None else replay
         self._replays: dict[int, _Step] = {}  # by adapter id
-        self._step_now: _Step | None = None
+        self._entering = Entering(model, False)
         self._adapter = torch.tensor(-1, device=model.device)
         self._refused = False
 
@@ -105,20 +85,28 @@ class RolloutEngine:
         role: str = "actor",
         with_logprobs: bool = False,
         seeds: Sequence[int] | None = None,
+        keep_prefix: bool = False,
     ) -> Rollout:
         """As :func:`hydra_rlhf.rollout.generate`, and by it where the engine cannot run.
 
-        There, ``seeds`` are not obeyed.
+        There, ``seeds`` and ``keep_prefix`` are not obeyed.
         """
         assert model is self.model
         if not self._refused:
             try:
-                out = self.generate(input_ids, attention_mask, sampling, role=role, seeds=seeds)
+                out = self.generate(
+                    input_ids,
+                    attention_mask,
+                    sampling,
+                    role=role,
+                    seeds=seeds,
+                    keep_prefix=keep_prefix,
+                )
             except Unsupported as reason:
                 self._refused = True
                 _log.warning("rollouts run by transformers' generate: %s", reason)
             else:
-                return _as_rollout(out, input_ids, attention_mask, with_logprobs)
+                return as_rollout(out, input_ids, attention_mask, with_logprobs)
         return generate_by_transformers(
             model, input_ids, attention_mask, sampling, role=role, with_logprobs=with_logprobs
         )
@@ -151,6 +139,7 @@ class RolloutEngine:
         role: str = "actor",
         seeds: Sequence[int] | None = None,
         values: bool = False,
+        keep_prefix: bool = False,
     ) -> Generated:
         """Samples a response to every prompt.
 
@@ -163,6 +152,8 @@ class RolloutEngine:
                 None draws from torch's generator.
             values: Also the value head on the states that come by; free where one adapter serves
                 both (J-Hydra), and meaningless elsewhere, so an error.
+            keep_prefix: Also what enters the first adapted block, so that scoring need not run the
+                blocks below it.
 
         Raises:
             Unsupported: the model keeps its past in another way than as keys and values a layer.
@@ -177,8 +168,13 @@ class RolloutEngine:
             raise ValueError("no prompts")
         uniforms = _uniforms(seeds, len(input_ids), sampling.response_length, input_ids.device)
         adapter = model.adapter_id(role)
-        with model.no_dropout(), self._adapters(adapter):
-            return self._run(input_ids, attention_mask, sampling, uniforms, values, adapter)
+        self._entering = Entering(model, keep_prefix)
+        with model.no_dropout(), self._adapters(adapter), self._entering:
+            out = self._run(input_ids, attention_mask, sampling, uniforms, values, adapter)
+        width = input_ids.shape[1] + sampling.response_length  # of prompts as they were given
+        kept = out.pop("prefix", None)
+        prefix = None if kept is None else self._entering.prefix(kept[:, -width:])
+        return finish(out, sampling, prefix)
 
     def _adapters(self, adapter: int) -> contextlib.AbstractContextManager:
         if not self.model.adapters:
@@ -197,7 +193,7 @@ class RolloutEngine:
         uniforms: Tensor,
         values: bool,
         adapter: int,
-    ) -> Generated:
+    ) -> dict[str, Tensor]:
         N, T = len(input_ids), sampling.response_length
         B = min(N, self.batch_size or N)
         # On a GPU prompts are widened to a bucket, so that batches of several widths share graphs.
@@ -208,7 +204,10 @@ class RolloutEngine:
         owner: list[int | None] = list(range(B))  # the prompt that each row answers
         waiting = deque(range(B, N))
         state = self._fill(None, None, list(range(B)), *inputs)
-        out = {name: buffer.new_zeros(N, T) for name, buffer in state.outputs().items()}
+        out = {
+            name: buffer.new_zeros(N, *buffer.shape[1:])
+            for name, buffer in state.collected().items()
+        }
         step = self._recorded(state, sampling, adapter)
         drawn = [1] * B  # tokens of each row's response, as far as the host knows without asking
         since = 0
@@ -218,7 +217,9 @@ class RolloutEngine:
                 since = 0
                 finished = state.finished.tolist()  # the one wait for the device
                 rows = [row for row in range(B) if finished[row] and owner[row] is not None]
-                for name, buffer in state.outputs().items():
+                if rows and state.prefix is not None:
+                    self._feed(state, step)
+                for name, buffer in state.collected().items():
                     out[name][[owner[row] for row in rows]] = buffer[rows]
                 for row in rows:
                     owner[row] = None
@@ -229,7 +230,7 @@ class RolloutEngine:
                     for row, prompt in zip(rows, prompts, strict=True):
                         owner[row], drawn[row] = prompt, 1
                 if all(prompt is None for prompt in owner):
-                    return _finish(out, sampling)
+                    return out
                 continue
             seen = P + max(min(count, T - 1) for count in busy)  # the last token's slot included
             if step is None:
@@ -256,6 +257,7 @@ class RolloutEngine:
         ids, mask = input_ids[picked], attention_mask[picked]
         B, P = ids.shape
         prefill = Prefill()
+        self._entering.state = None
         masks = _prefill_masks(mask, self._dtype, self._window)
         hidden = self._trunk(ids, masks, position_ids(mask), prefill)
         layers = self.model.config.get_text_config().num_hidden_layers
@@ -275,8 +277,11 @@ class RolloutEngine:
         state.column[row] = 0
         state.finished[row] = False
         state.uniforms[row] = uniforms[picked]
-        for buffer in state.outputs().values():
+        for buffer in state.collected().values():
             buffer[row] = 0
+        if state.prefix is not None:
+            state.prefix[row, :P] = self._entering.taken()
+            self._entering.state = state
         state.mask[row, P] = 0.0  # the first response token will sit there
         part = state.rows(row)
         self._append(part, hidden[:, -1], sampling)
@@ -287,13 +292,22 @@ class RolloutEngine:
         """Buffers of this size, those of the last call where they fit."""
         T = sampling.response_length
         window = self._window is not None and self._window < P + T
-        key = (B, P, T, sampling, values, self._dtype, fingerprint(self.model))
+        key = (B, P, T, sampling, values, self._entering.on, self._dtype, fingerprint(self.model))
         if self._key == key and self._state is not None:
             self._state.cache.restore()
             return self._state
         self._forget()
         self._key = key
-        self._state = new_state(like, B, P, T, window=window, values=values, dtype=self._dtype)
+        self._state = new_state(
+            like,
+            B,
+            P,
+            T,
+            window=window,
+            values=values,
+            dtype=self._dtype,
+            prefix=self._entering.width,
+        )
         return self._state
 
     def _recorded(self, state: State, sampling: Sampling, adapter: int) -> _Step | None:
@@ -346,6 +360,18 @@ class RolloutEngine:
         hidden = self._next_hidden(state, seen)  # (B, D)
         self._advance(state)
         self._append(state, hidden, sampling)
+
+    def _feed(self, state: State, step: _Step | None) -> None:
+        """Runs the rows' last tokens, for the activations of those that ended with the last step.
+
+        For all others it is what has been run or will be run again.
+        """
+        seen = state.mask.shape[1]
+        self._see(state, seen)
+        if step is None:
+            self._next_hidden(state, seen)
+        else:
+            step.replay()
 
     def _next_hidden(self, state: State, seen: int) -> Tensor:
         """The last hidden state (B, D) of the rows' last tokens, whose keys and values it keeps."""
@@ -434,33 +460,6 @@ class _Step:
         self.engine._advance(state)
         drawn = tuple(chosen) if self.draws else choose(logits, state, self.sampling)
         self.engine._write(state, hidden, drawn, self.sampling)  # type: ignore[arg-type]
-
-
-def _finish(out: dict[str, Tensor], sampling: Sampling) -> Generated:
-    counted, ended = response_lengths(out["tokens"], sampling.stop_ids)
-    return Generated(
-        tokens=out["tokens"].masked_fill(~counted, sampling.pad_id),
-        lengths=counted.sum(-1),
-        ended=ended,
-        logprobs=torch.where(counted, out["logprobs"], 0.0),
-        sampled_logprobs=torch.where(counted, out["sampled_logprobs"], 0.0),
-        values=torch.where(counted, out["values"], 0.0) if "values" in out else None,
-    )
-
-
-def _as_rollout(
-    out: Generated, input_ids: Tensor, attention_mask: Tensor, with_logprobs: bool
-) -> Rollout:
-    """As wide as the longest response."""
-    width = int(out.lengths.max())
-    mask = torch.arange(width, device=out.lengths.device) < out.lengths[:, None]
-    return Rollout(
-        query_responses=torch.cat([input_ids, out.tokens[:, :width]], dim=1),
-        attention_mask=torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1),
-        response_mask=mask,
-        ended=out.ended,
-        logprobs=out.logprobs[:, :width] if with_logprobs else None,
-    )
 
 
 def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device) -> Tensor:

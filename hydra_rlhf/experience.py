@@ -84,6 +84,7 @@ class Sampler:
         self.processes = processes
         # Tokens that need a part of the model from each process: all have to make as many.
         self.common = processes.sharding is not None and not config.gather_for_generation
+        self.keep_prefix = config.share_prefix and config.prefix_source == "rollout"
         self._engines: dict[HydraModel, RolloutEngine] | None = None
         if config.rollout_engine == "hydra":
             self._engines = {}
@@ -105,7 +106,7 @@ class Sampler:
             if self._engines is None:
                 return rollouts.generate(*arguments, **options, synced_gpus=self.common)
             engine = self._engine(model)
-            rollout = engine(*arguments, **options, seeds=seeds)
+            rollout = engine(*arguments, **options, seeds=seeds, keep_prefix=self.keep_prefix)
         if not engine.graph:
             engine.release()  # the update has better use for the memory; a graph keeps its buffers
         return rollout
@@ -174,14 +175,17 @@ def shared_prefixes(config: PPOConfig, models: MethodModels, rollout: Rollout) -
     """Activations below the first adapted block, kept where the budget says; may be empty."""
     if not config.share_prefix:
         return {}
+    # The actor's model is the first; its activations came with the rollout where they were kept.
+    known = {} if rollout.prefix is None else {0: rollout.prefix}
     parts = [
         models.compute_prefixes(
             rollout.query_responses[rows.to(rollout.device)],
             rollout.attention_mask[rows.to(rollout.device)],
+            known=known,
         )
         for rows in torch.arange(len(rollout)).split(config.local_rollout_forward_batch_size)
     ]
-    prefixes = {i: Prefix.join([part[i] for part in parts]) for i in parts[0]}
+    prefixes = known | {i: Prefix.join([part[i] for part in parts]) for i in parts[0]}
     held = sum(prefix.nbytes for prefix in prefixes.values())
     offload = config.prefix_device == "cpu" or (
         config.prefix_device == "auto" and held > config.prefix_budget_gb * 1e9

@@ -14,7 +14,7 @@ Source: Santacroce et al. 2023, arXiv:2309.00754, table 1 and section 3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,17 @@ class MethodModels:
             for model in self.distinct
         )
 
-    def compute_prefixes(self, input_ids: Tensor, attention_mask: Tensor) -> dict[int, Prefix]:
-        """The shared prefix of every model that has one; see :meth:`HydraModel.compute_prefix`."""
+    def compute_prefixes(
+        self, input_ids: Tensor, attention_mask: Tensor, *, known: Iterable[int] = ()
+    ) -> dict[int, Prefix]:
+        """The shared prefix of every model that has one; see :meth:`HydraModel.compute_prefix`.
+
+        Not of those whose position in ``distinct`` is in ``known``.
+        """
         computed = {
             i: model.compute_prefix(input_ids, attention_mask)
             for i, model in enumerate(self.distinct)
+            if i not in known
         }
         return {i: prefix for i, prefix in computed.items() if prefix is not None}
 
@@ -93,6 +99,7 @@ class MethodModels:
         updated: Sequence[str] = ("actor", "critic"),
         kept: Sequence[str] = (),
         reuse: bool = True,
+        free: Iterable[int] = (),
     ) -> dict[str, float]:
         """What the shared prefixes of a rollout saved, in passes through the blocks below them.
 
@@ -103,6 +110,7 @@ class MethodModels:
             updated: Roles that it ran.
             kept: Roles whose pass in scoring was also their first one of the update.
             reuse: Whether reference and reward shared a pass anyway.
+            free: Positions in ``distinct`` of the models whose prefix the rollout left behind.
 
         Returns:
             ``reuse/prefix_flops_saved``, counted by ``trunk.flops``, forward passes only;
@@ -118,7 +126,8 @@ class MethodModels:
             scoring = model.num_passes([r for r in roles if played.get(r) is model], reuse=reuse)
             updating = model.num_passes([r for r in updated if played.get(r) is model])
             twice = model.num_passes([r for r in kept if played.get(r) is model])
-            avoided = scoring + updates * updating - twice - 1  # one computed it
+            computed = i not in free  # where scoring did
+            avoided = scoring + updates * updating - twice - computed
             batch, length = prefix.hidden.shape[:2]
             below = blocks(model.trunk)[: prefix.layer]
             saved["flops"] += avoided * flops(model.trunk, 0, prefix.layer, batch, length)

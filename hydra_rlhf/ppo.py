@@ -265,6 +265,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     # 3. Score: log-probabilities of actor and reference, values, rewards.
     with phases("score"), run.accelerator.autocast(), torch.no_grad():
         prefixes = shared_prefixes(config, models, rollout)
+        free = () if rollout.prefix is None else (0,)
+        rollout.prefix = None  # prefixes has it, perhaps offloaded
         use_head = run.reward_fn is None
         keep = passes_to_keep(run, step)
         scored, graph = score(
@@ -310,7 +312,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         metrics |= update(run, step, experience)
     if prefixes:
         skipped = metrics["policy/updates_skipped"]
-        metrics |= saved_by_prefixes(run, step, prefixes, skipped, keep)
+        metrics |= saved_by_prefixes(run, step, prefixes, skipped, keep, free)
     # 6. Adjust the KL coefficient, evaluate.
     metrics["objective/kl_coef"] = kl_coef
     run.state.kl_controller.update(metrics["objective/kl"], len(batch))
@@ -391,7 +393,12 @@ def passes_to_keep(run: Run, step: int) -> list[str]:
 
 
 def saved_by_prefixes(
-    run: Run, step: int, prefixes: dict[int, Prefix], skipped: float, kept: Sequence[str]
+    run: Run,
+    step: int,
+    prefixes: dict[int, Prefix],
+    skipped: float,
+    kept: Sequence[str],
+    free: Sequence[int],
 ) -> dict[str, float]:
     """What this process did not compute and read again, thanks to the shared prefixes."""
     config = run.state.config
@@ -402,6 +409,7 @@ def saved_by_prefixes(
         updated=("critic",) if step <= config.critic_warmup_steps else ("actor", "critic"),
         kept=kept,
         reuse=config.reuse_reference_reward,
+        free=free,
     )
 
 

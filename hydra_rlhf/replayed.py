@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hydra_kernels.replay import NotReplayable, Replay
@@ -35,6 +36,7 @@ def fingerprint(model: HydraModel) -> int:
     """Changes where a recorded step would no longer be what the model does."""
 
     def parts() -> Iterator[Any]:
+        yield torch.is_autocast_enabled(model.device.type)
         for module in model.causal_lm.modules():
             for tensors in (module._parameters, module._buffers):
                 for tensor in tensors.values():

@@ -28,6 +28,7 @@ from transformers import (
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.trunk import Prefix
 
 _log = logging.getLogger("hydra_rlhf")
 
@@ -58,6 +59,8 @@ class Rollout:
         logprobs: (B, T) float32 under the sampling distribution before any filter, from
             generation itself; None where they were not asked for.
         ended: (B,) bool, True where a stop token came before the length ran out.
+        prefix: What entered the first adapted block while the tokens were made; None where it was
+            not asked for.
         prompts, responses: The texts; a response without its stop token.
         columns: The other columns of the data set, one entry a prompt.
     """
@@ -67,6 +70,7 @@ class Rollout:
     response_mask: Tensor
     ended: Tensor
     logprobs: Tensor | None = None
+    prefix: Prefix | None = None
     prompts: list[str] = field(default_factory=list)
     responses: list[str] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -84,7 +88,7 @@ class Rollout:
         return self.query_responses.shape[0]
 
     def rows(self, index: Tensor) -> Rollout:
-        """Some of the sequences, without texts and columns."""
+        """Some of the sequences, without texts, columns and prefix."""
         return Rollout(
             self.query_responses[index],
             self.attention_mask[index],

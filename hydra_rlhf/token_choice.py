@@ -43,7 +43,8 @@ def write(state: State, chosen: Chosen, values: Tensor | None, sampling: Samplin
     """Appends what was chosen to the rows that go on, and ends those that it ends."""
     token, logprob, sampled_logprob = chosen
     going = ~state.finished[:, None]  # (B, 1)
-    token = torch.where(going, token, sampling.pad_id)
+    # A row that has finished keeps its last token, which may have to be run once more.
+    token = torch.where(going, token, state.token)
     _put(state.tokens, state.column, token, going)
     _put(state.logprobs, state.column, logprob, going)
     _put(state.sampled_logprobs, state.column, sampled_logprob, going)

@@ -178,6 +178,20 @@ def test_shared_prefix_changes_nothing(method):
     assert reported == numbers(without)
 
 
+@pytest.mark.parametrize("method", ["d-lora-ppo", "hydra-ppo", "j-hydra-ppo"])
+def test_prefix_of_the_rollout_trains_the_same(method):
+    """Losses to float32's rounding; of one model, the rollout's activations spare a pass."""
+    reports = {}
+    for source in ("scoring", "rollout"):
+        reports[source] = numbers(run(settings(method=method, lora_last_k=1, prefix_source=source)))
+    for kept, computed in zip(reports["rollout"], reports["scoring"], strict=True):
+        saved = "reuse/prefix_flops_saved"
+        assert kept.pop(saved) > computed.pop(saved)
+        assert kept.pop("reuse/prefix_bytes_saved") > computed.pop("reuse/prefix_bytes_saved")
+        assert kept == pytest.approx(computed, rel=1e-3, abs=1e-4)
+    assert reports["rollout"] != reports["scoring"]  # it did come from elsewhere
+
+
 def test_what_the_prefix_saves_by_hand():
     """Blocks run by the trunk with and without it differ by what is reported."""
     config = settings(max_steps=1, lora_last_k=1, batched_score="no")
