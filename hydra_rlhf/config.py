@@ -129,8 +129,14 @@ class PPOConfig(LoraSettings):
     rollout_engine: str = _field(
         "hydra",
         "'hydra' samples over fixed buffers with its state on the device (a CUDA graph on a GPU); "
-        "'transformers' by transformers' generate. The same tokens under greedy decoding. [ours]",
-        choices=("hydra", "transformers"),
+        "'transformers' by transformers' generate, the same tokens under greedy decoding; 'vllm' "
+        "by vLLM from sft_model_path and the adapter, one process, with importance_cap. [ours]",
+        choices=("hydra", "transformers", "vllm"),
+    )
+    importance_cap: float = _field(
+        2.0,
+        "rollout_engine 'vllm': each token's policy loss is weighted by trainer's over sampler's "
+        "probability, at most this. [ours]",
     )
     gather_for_generation: bool = _field(
         True,
@@ -378,6 +384,15 @@ class PPOConfig(LoraSettings):
             raise UserError("use_score_norm needs use_score_scaling")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise UserError("missing_eos_penalty and missing_eos_score exclude each other")
+        if not self.importance_cap > 0.0:
+            raise UserError(f"importance_cap must be above 0, got {self.importance_cap}")
+        if self.rollout_engine == "vllm" and self.rollout_logprobs != "recompute":
+            raise UserError(
+                "rollout_engine 'vllm' needs rollout_logprobs 'recompute': its own "
+                "log-probabilities are not the trainer's"
+            )
+        if self.rollout_engine == "vllm" and self.method == "ppo":
+            raise UserError("rollout_engine 'vllm' is for methods with adapters, not for ppo")
         if self.rollout_logprobs == "reuse" and self.off_policy_reasons():
             raise UserError(
                 "rollout_logprobs='reuse' needs a sampler that is the policy: "

@@ -19,6 +19,7 @@ import hydra_kernels
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.engine import RolloutEngine
+from hydra_rlhf.errors import UserError
 from hydra_rlhf.faults import Shrinking
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.metrics import explained_variance, to_floats
@@ -26,6 +27,7 @@ from hydra_rlhf.model import ROLES, HydraModel, Score
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.trunk import Prefix
+from hydra_rlhf.vllm_rollout import VLLMSampler, importance_weights
 
 
 class PromptLike(Protocol):
@@ -85,6 +87,11 @@ class Sampler:
         # Tokens that need a part of the model from each process: all have to make as many.
         self.common = processes.sharding is not None and not config.gather_for_generation
         self.keep_prefix = config.share_prefix and config.prefix_source == "rollout"
+        self._vllm: VLLMSampler | None = None
+        if config.rollout_engine == "vllm":
+            if processes.count > 1:
+                raise UserError("rollout_engine 'vllm' runs in one process")
+            self._vllm = VLLMSampler(config.sft_model_path)
         self._engines: dict[HydraModel, RolloutEngine] | None = None
         if config.rollout_engine == "hydra":
             self._engines = {}
@@ -102,6 +109,8 @@ class Sampler:
         arguments = (model, input_ids, attention_mask, self.sampling)
         options: dict[str, Any] = {"role": role, "with_logprobs": with_logprobs}
         whole = contextlib.nullcontext() if self.common else self.processes.gathered(model)
+        if self._vllm is not None:
+            return self._vllm(*arguments, **options, seeds=seeds)
         with whole:
             if self._engines is None:
                 return rollouts.generate(*arguments, **options, synced_gpus=self.common)
@@ -369,6 +378,11 @@ def make_experience(
     )
     if config.whiten_advantages:
         advantages = hydra_kernels.masked_whiten(advantages, mask, reduce=processes.sum)
+    if config.rollout_engine == "vllm":
+        assert rollout.logprobs is not None
+        # A factor above 0 of an advantage is the same factor of the token's policy loss.
+        weights = importance_weights(scored.logprobs, rollout.logprobs, mask, config.importance_cap)
+        advantages = advantages * weights
     kl = scored.kl if scored.kl is not None else scored.logprobs - scored.ref_logprobs  # (B, T)
     sequence_kl = torch.where(mask, kl, 0.0).sum(-1)
     lengths = mask.sum(-1).float()
