@@ -256,8 +256,11 @@ class PPOConfig(LoraSettings):
     batched_score: str = _field(
         "auto",
         "Score actor, critic and adapter-off rows as one batch: yes, no, or auto, which does it "
-        "while the rows fit local_rollout_forward_batch_size. [ours]",
+        "while the activations of that batch fit batched_score_budget_gb. [ours]",
         choices=("auto", "yes", "no"),
+    )
+    batched_score_budget_gb: float = _field(
+        1.0, "See batched_score, in GB (1e9 bytes): what the widest part of a block holds. [ours]"
     )
     keep_scoring_pass: bool = _field(
         True,

@@ -295,8 +295,15 @@ def score_by(
     """``models.score`` on ``size`` sequences at a time, of which no more than ``most`` are run."""
     parts = []
     for rows in torch.arange(len(rollout)).split(size):
-        passes = models.num_passes(roles, reuse=config.reuse_reference_reward)
-        fits = passes * len(rows) <= size
+        batched = config.batched_score == "yes"
+        if config.batched_score == "auto":
+            needed = models.batched_bytes(
+                roles,
+                len(rows),
+                rollout.query_responses.shape[1],
+                reuse=config.reuse_reference_reward,
+            )
+            batched = needed <= config.batched_score_budget_gb * 1e9
         rows = rows[:most]
         batch = rollout.rows(rows.to(rollout.device))
         parts.append(
@@ -305,7 +312,7 @@ def score_by(
                 batch.attention_mask,
                 batch.response_mask,
                 roles=roles,
-                batched=config.batched_score == "yes" or (config.batched_score == "auto" and fits),
+                batched=batched,
                 reuse_reference_reward=config.reuse_reference_reward,
                 temperature=config.temperature,
                 kl=config.kl_estimator == "exact" and "reference" in roles,

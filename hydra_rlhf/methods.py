@@ -28,7 +28,7 @@ from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
 from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
-from hydra_rlhf.trunk import Prefix, blocks, flops
+from hydra_rlhf.trunk import Prefix, blocks, flops, live_width
 
 # Prefixes of the distinct models, keyed by their position in MethodModels.distinct.
 Prefixes = Mapping[int, Prefix]
@@ -73,6 +73,20 @@ class MethodModels:
         played = self.by_role()
         return sum(
             model.num_passes([r for r in roles if played.get(r) is model], reuse=reuse)
+            for model in self.distinct
+        )
+
+    def batched_bytes(
+        self, roles: Sequence[str], rows: int, length: int, *, reuse: bool = True
+    ) -> int:
+        """Activations that the largest batch of ``score(batched=True)`` holds at its widest."""
+        played = self.by_role()
+        return max(
+            model.num_passes([r for r in roles if played.get(r) is model], reuse=reuse)
+            * rows
+            * length
+            * live_width(model.trunk)
+            * model.trunk.dtype.itemsize
             for model in self.distinct
         )
 

@@ -171,6 +171,16 @@ def flops(trunk: Any, first: int, last: int, batch: int, length: int) -> int:
     return total
 
 
+def live_width(trunk: Any) -> int:
+    """Numbers a token that a block holds at its widest in a pass without gradient.
+
+    The residual and its norm, and three outputs of the widest matrix: a gated MLP's two and their
+    product, of which a plain MLP or attention holds no more.
+    """
+    matrices = [p for p in blocks(trunk)[-1].parameters() if p.dim() == 2]
+    return 2 * trunk.config.get_text_config().hidden_size + 3 * max(max(p.shape) for p in matrices)
+
+
 def _with_blocks(trunk: Any, parts: list[nn.Module]) -> nn.Module:
     """A shallow copy of ``trunk``, sharing everything but the list of blocks."""
     *owners, last = blocks_name(trunk).split(".")

@@ -1,0 +1,254 @@
+"""PPO's options over whole steps: each against numbers by hand or against the plain run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from hydra_rlhf.experience import make_experience
+from hydra_rlhf.methods import build_method, lora_config_of, method_from_model
+from hydra_rlhf.model import HydraModel, Score
+from hydra_rlhf.processes import Processes
+from hydra_rlhf.rollout import Rollout
+from tests.rlhf.families import batch, make_lm, train_by_chance
+from tests.rlhf.test_ppo import numbers, plain_model, run, settings, word_reward
+
+SEPARATE = ("ppo", "lora-ppo", "d-lora-ppo")
+
+
+def experience_of(**changes):
+    """Advantages and returns of two responses of three and two tokens, all values 0."""
+    config = settings(gamma=1.0, lam=1.0, whiten_advantages=False, **changes)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    rollout = Rollout(torch.zeros(2, 5), torch.ones(2, 5), mask, torch.ones(2))
+    gap = torch.tensor([[0.5, -1.0, 0.25], [2.0, 0.0, 9.0]])  # the last is padding
+    scored = Score(
+        logprobs=torch.where(mask, gap - 1.0, 0.0),
+        ref_logprobs=torch.where(mask, torch.tensor(-1.0), 0.0),
+        entropy=torch.ones(2, 3),
+        values=torch.zeros(2, 3),
+        scores=torch.tensor([1.0, -2.0]),
+    )
+    processes = Processes(Accelerator(cpu=True))
+    made, _ = make_experience(config, rollout, scored, scored.scores, 0.1, {}, processes)
+    return made
+
+
+K3 = [[math.exp(-d) - 1 + d for d in row] for row in ([0.5, -1.0, 0.25], [2.0, 0.0])]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [
+        ("k1", [[0.5, -1.0, 0.25], [2.0, 0.0]]),
+        ("k2", [[0.125, 0.5, 0.03125], [2.0, 0.0]]),
+        ("k3", K3),
+    ],
+)
+def test_kl_estimators_by_hand(estimator, kl):
+    """With gamma = lambda = 1 a return is the sum of the rewards from its token on."""
+    (a, b, c), (d, e) = ([-0.1 * value for value in row] for row in kl)
+    c, e = c + 1.0, e - 2.0
+    expected = torch.tensor([[a + b + c, b + c, c], [d + e, e, 0.0]])
+    torch.testing.assert_close(experience_of(kl_estimator=estimator).returns, expected)
+
+
+def test_whiten_rewards_by_hand():
+    """Rewards are divided by their standard deviation and keep their mean."""
+    rewards = torch.tensor([-0.05, 0.1, 0.975, -0.2, -2.0])
+    whitened = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    a, b, c, d, e = whitened.tolist()
+    expected = torch.tensor([[a + b + c, b + c, c], [d + e, e, 0.0]])
+    found = experience_of(whiten_rewards=True).returns
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"whiten_rewards": True}]
+)
+def test_rewards_options_reach_the_loop(changes):
+    """The first rollout is the same, what is learnt from it is not."""
+    plain, other = (
+        run(settings(kl_coef=0.5, max_steps=3, **c), reward_fn=word_reward) for c in ({}, changes)
+    )
+    first, last = numbers(plain), numbers(other)
+    assert first[0]["objective/scores"] == last[0]["objective/scores"]
+    assert first[-1]["loss/value_avg"] != last[-1]["loss/value_avg"]
+    assert all(math.isfinite(value) for value in last[-1].values())
+
+
+@pytest.mark.parametrize("method", ["ppo", "j-hydra-ppo"])
+def test_entropy_bonus_raises_entropy(method):
+    """Without reward or KL the bonus is all that moves the policy."""
+
+    def entropies(coefficient):
+        model = plain_model(vocab_size=16)
+        with torch.no_grad():
+            model.causal_lm.get_output_embeddings().weight.mul_(10.0)  # a peaked policy
+        config = settings(
+            method=method,
+            ent_coef=coefficient,
+            kl_coef=0.0,
+            vf_coef=0.0,
+            whiten_advantages=False,
+            max_steps=4,
+            num_mini_batches=1,
+            temperature=1.0,
+            learning_rate=1e-2 if method != "ppo" else 2e-3,
+            lr_scheduler_type="constant",
+        )
+        nothing = lambda prompts, completions: [0.0] * len(prompts)  # noqa: E731
+        metrics = run(config, model, nothing, ["w2 w3", "w3", "w3 w2 w2"]).metrics
+        return [m["policy/entropy_avg"] for m in metrics]
+
+    with_bonus, without = entropies(1.0), entropies(0.0)
+    assert with_bonus[-1] > 1.2 * without[-1]
+
+
+@pytest.mark.parametrize("method", ["lora-ppo", "j-hydra-ppo", "hydra-ppo"])
+def test_bfloat16_autocast(method):
+    """Ratio 1 before the first update; both sets learn, close to what float32 learns."""
+    changes = dict(method=method, num_mini_batches=1, max_steps=2, learning_rate=1e-3)
+    plain = run(settings(**changes))
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one setting a process
+    try:
+        mixed = run(settings(**changes, mixed_precision="bf16"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    first = mixed.metrics[0]
+    assert first["val/ratio_first"] == 1.0 and first["objective/kl"] == 0.0
+    assert first["objective/scores"] != plain.metrics[0]["objective/scores"], "it was float32"
+    for m in mixed.metrics:
+        assert all(math.isfinite(value) for value in m.values())
+    for trained in ("actor_parameters", "critic_parameters"):
+        before = getattr(method_from_model(method, plain_model(), lora=settings()), trained)()
+        after = getattr(mixed.models, trained)()
+        assert all(p.dtype == torch.float32 for p in after)
+        assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), trained
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """Folders of an SFT model and of a reward model with another trunk."""
+    sft, reward = plain_model(), plain_model(num_hidden_layers=3)
+    sft.save_pretrained(tmp_path / "sft")
+    reward.save_pretrained(tmp_path / "reward")
+    return tmp_path / "sft", tmp_path / "reward"
+
+
+@pytest.mark.parametrize("method", SEPARATE)
+def test_separate_sft_and_reward_models(method, two_models):
+    """Policies come from one, values and scores from the other, before and after training."""
+    models = build_method(method, *two_models, lora=settings())
+    inputs = batch()
+    sft, reward = (HydraModel.from_pretrained(path) for path in two_models)
+    with torch.no_grad():
+        policy = sft.score(*inputs, roles=("reference",))
+        value = reward.score(*inputs, roles=("critic", "reward"))
+        found = models.score(*inputs)
+    assert torch.equal(found.logprobs, policy.ref_logprobs)
+    assert torch.equal(found.ref_logprobs, policy.ref_logprobs)
+    assert torch.equal(found.values, value.values) and torch.equal(found.scores, value.scores)
+    result = run(settings(method=method, max_steps=2), models)
+    with torch.no_grad():
+        after = result.models.score(*inputs)
+    assert torch.equal(after.ref_logprobs, policy.ref_logprobs)
+    assert torch.equal(after.scores, value.scores)
+    assert not torch.equal(after.logprobs, found.logprobs)
+    assert not torch.equal(after.values, found.values)
+
+
+@pytest.mark.parametrize("method", ["d-lora-ppo", "j-hydra-ppo", "hydra-ppo"])
+def test_reference_adapter_for_a_whole_run(method, tmp_path):
+    """The actor starts from a frozen SFT adapter, which stays the reference."""
+    sft = plain_model()
+    sft.save_pretrained(tmp_path / "sft")
+    with_sft = HydraModel.from_pretrained(
+        tmp_path / "sft", adapters=("actor",), lora_config=lora_config_of(settings(), sft.causal_lm)
+    )
+    train_by_chance(with_sft)
+    with_sft.save_adapters(tmp_path)
+    inputs = batch()
+    with torch.no_grad():
+        expected = with_sft.score(*inputs, roles=("actor", "reward"))
+        base = with_sft.score(*inputs, roles=("reference",))
+    models = build_method(
+        method,
+        tmp_path / "sft",
+        lora=settings(),
+        reference_adapter=str(tmp_path / "actor"),
+    )
+    result = run(settings(method=method, max_steps=2), models)
+    first = result.metrics[0]
+    assert first["objective/kl"] == 0.0 and first["val/ratio_first"] == 1.0
+    with torch.no_grad():
+        after = result.models.score(*inputs)
+    torch.testing.assert_close(after.ref_logprobs, expected.logprobs)
+    assert not torch.allclose(after.ref_logprobs, base.ref_logprobs, atol=1e-3)
+    assert torch.equal(after.scores, expected.scores)
+    assert not torch.equal(after.logprobs, after.ref_logprobs), "the actor did not move"
+
+
+def test_compiles():
+    """torch.compile of a pass gives its numbers and gradients, and new ids do not recompile."""
+    lm = make_lm("llama", num_hidden_layers=1)
+    lora = lora_config_of(settings(), lm)
+    model = HydraModel(lm, adapters=("actor", "critic"), lora_config=lora)
+    train_by_chance(model)
+    ids, mask, _ = batch(padded=False)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(
+        lambda adapter: model.hidden(ids, mask, adapter_ids=adapter), backend=counter
+    )
+    frames = []
+    weights = torch.randn(ids.shape + (model.reward_head.in_features,))
+    for role in ("actor", "critic", "reference"):
+        adapter = torch.full((len(ids),), model.adapter_id(role))
+        found = []
+        for function in (compiled, lambda a: model.hidden(ids, mask, adapter_ids=a)):
+            hidden = function(adapter)
+            gradients = [None]
+            if role != "reference":
+                (hidden * weights).sum().backward()
+                parameters = model.adapter_parameters(role)
+                gradients = [p.grad for p in parameters]
+            model.zero_grad(set_to_none=True)
+            found.append((hidden.detach(), gradients))
+        (a, da), (b, db) = found
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for x, y in zip(da, db, strict=True):
+            if role != "reference":
+                assert x.abs().max() > 0
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[0] >= 1 and len(set(frames)) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [("lora-ppo", 1), ("d-lora-ppo", 2), ("j-hydra-ppo", 2), ("hydra-ppo", 3)],
+)
+def test_scores_in_one_batch_while_its_bytes_fit(monkeypatch, method, passes):
+    """By hand: passes x sequences x tokens x (2 D + 3 I) float32 numbers."""
+    # Eight words at most and five of response; D = 32, I = 48.
+    config = settings(method=method, max_steps=1, keep_scoring_pass=False)
+    widths = []
+    real = HydraModel.hidden
+
+    def seen(self, input_ids, *args, **kwargs):
+        widths.append(tuple(input_ids.shape))
+        return real(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(HydraModel, "hidden", seen)
+    run(config)
+    rows, length = config.local_batch_size, widths[0][1]
+    assert widths[0] == (passes * rows, length), "the default budget is far away"
+    needed = passes * rows * length * (2 * 32 + 3 * 48) * 4
+    for budget, batched in ((needed, passes), (needed - 1, 1)):
+        widths.clear()
+        run(replace(config, batched_score_budget_gb=budget / 1e9))
+        assert widths[0] == (batched * rows, length)
