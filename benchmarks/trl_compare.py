@@ -84,7 +84,7 @@ def ours(steps: int) -> None:
     from benchmarks.bench_ppo_methods import Words
     from hydra_rlhf import ppo
     from hydra_rlhf.config import PPOConfig
-    from hydra_rlhf.methods import method_from_model
+    from hydra_rlhf.methods import with_adapters
     from hydra_rlhf.model import HydraModel
 
     turns = Turns(memory_kib()["VmRSS"])
@@ -103,11 +103,10 @@ def ours(steps: int) -> None:
         max_steps=steps,
         learning_rate=1e-5,
     )
-    models = method_from_model("hydra-ppo", source, lora=config)
-    del source, lm
+    model = with_adapters(source, ("actor", "critic"), config)  # in place: no second copy
     texts = [" ".join(map(str, row)) for row in prompts()]
     tokenizer: Any = Words(VOCAB)
-    ppo.train(config, models, tokenizer, texts, on_step=lambda *_: turns.step_done())
+    ppo.train(config, model, tokenizer, texts, on_step=lambda *_: turns.step_done())
 
 
 def trl(steps: int) -> None:
