@@ -21,6 +21,7 @@ What can be expected, F the trunk's forward and B its backward, which is about a
 epochs and adapters everywhere lora-ppo makes 4 F to score and 8 (F + B) to update, hydra-ppo 3 F
 and the same update: 5% less, and 13% with one epoch. With adapters on the upper half lora-ppo makes
 4 F + 8 (F + B / 2), hydra-ppo with the shared prefix F / 2 + 3 F / 2 + 8 (F / 2 + B / 2): 37% less.
+The causal head's passes, the same in all of them, and what is not the trunk's make each share less.
 """
 
 from __future__ import annotations

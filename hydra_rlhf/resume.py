@@ -51,6 +51,7 @@ MAY_CHANGE = {
     "sample_steps",
     "num_samples",
     "local_rollout_forward_batch_size",
+    "keep_scoring_pass",
     "gather_for_generation",
     "prefix_device",
     "prefix_budget_gb",
