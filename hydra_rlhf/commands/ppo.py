@@ -21,6 +21,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, models_of
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import encode_prompts
+from hydra_rlhf.schedule import seed_everything
 from hydra_rlhf.settings import required, setting
 
 METHOD_TITLES = {
@@ -86,6 +87,7 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
     prompts = data.load_prompts(given.prompts, split=given.prompt_split, **options)
     held_out = data.load_prompts(given.eval_prompts, **options) if given.eval_prompts else None
     accelerator = sft.make_accelerator(output.device, config.mixed_precision)
+    seed_everything(config.seed)  # new adapters are drawn before training
     models, reward_fn = models_of(
         config, device=accelerator.device, sharded=sharding.is_asked_for(accelerator)
     )

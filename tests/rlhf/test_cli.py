@@ -238,14 +238,35 @@ def test_bad_prompts_for_ppo(tmp_path, model, prompts, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def with_reward_head(model: Path, folder: Path) -> Path:
+    """A checkpoint that ppo can start from."""
+    start = HydraModel.from_pretrained(model)
+    torch.nn.init.ones_(start.reward_head.weight)
+    start.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+def test_the_seed_draws_the_adapters_of_ppo(tmp_path, model):
+    """lora_A is drawn; after one step at a rate of 1e-30 it is still what was drawn."""
+    start = with_reward_head(model, tmp_path / "start")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "The rain."}))
+    drawn = {}
+    for name, seed in (("a", 1), ("same", 1), ("b", 2)):
+        argv = ["ppo", "--sft-model-path", start, "--prompts", tmp_path / "p.jsonl"]
+        argv += ["--output-dir", tmp_path / name, "--response-length", "4", "--max-steps", "1"]
+        argv += ["--per-device-train-batch-size", "2", "--learning-rate", "1e-30", "--seed", seed]
+        assert cli.main([str(a) for a in argv]) == 0
+        weights = load_file(tmp_path / name / "actor" / "adapter_model.safetensors")
+        drawn[name] = torch.cat([w.flatten() for k, w in weights.items() if "lora_A" in k])
+    assert torch.equal(drawn["a"], drawn["same"]) and not torch.equal(drawn["a"], drawn["b"])
+
+
 def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
     """A context of 32 less 8 for the response; the tokenizer adds nothing to a prompt."""
     lines = [json.dumps({"prompt": text}) for text in ("The rain. " * 40, "The rain.")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    start = HydraModel.from_pretrained(model)
-    torch.nn.init.ones_(start.reward_head.weight)
-    start.save_pretrained(tmp_path / "start")
-    load_tokenizer(model).save_pretrained(tmp_path / "start")
+    with_reward_head(model, tmp_path / "start")
     capsys.readouterr()
 
     def argv(name, *flags):
