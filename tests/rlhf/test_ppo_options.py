@@ -184,7 +184,9 @@ def test_reference_adapter_for_a_whole_run(method, tmp_path):
     )
     result = run(settings(method=method, max_steps=2), models)
     first = result.metrics[0]
-    assert first["objective/kl"] == 0.0 and first["val/ratio_first"] == 1.0
+    assert first["objective/kl"] == 0.0
+    # Adapters that are not zero are scored in one batch and updated in another: rounding.
+    assert first["val/ratio_first"] == pytest.approx(1.0, abs=1e-6)
     with torch.no_grad():
         after = result.models.score(*inputs)
     torch.testing.assert_close(after.ref_logprobs, expected.logprobs)
