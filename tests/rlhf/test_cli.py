@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hydra_rlhf import cli
+from hydra_rlhf.commands.inputs import limits
 from hydra_rlhf.commands.sft import ARGUMENTS as SFT_ARGUMENTS
 from hydra_rlhf.data.bundled import build_tokenizer
 from hydra_rlhf.errors import UserError
@@ -285,6 +286,28 @@ def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
     assert "format" in fails(capsys, *argv("b", "--format", "no-such"))
     (tmp_path / "p.jsonl").write_text(lines[0])
     assert "p.jsonl: no prompts in it" in fails(capsys, *argv("b", "--overlong", "drop"))
+
+
+class Around:
+    """A tokenizer of words that puts a token in front of a text."""
+
+    eos_token_id, pad_token_id = 2, 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [7] * add_special_tokens + [5] * len(text.split())}
+
+    def encode(self, text):
+        return self(text)["input_ids"]
+
+
+def test_limits_leave_room_for_the_response_and_what_the_tokenizer_adds(model, tmp_path):
+    """Of a context of 32: less 1 that is added, less 8 of a response, or the user's own limit."""
+    assert limits("drop", model, Around(), max_length=None)["max_length"] == 31
+    found = limits("truncate", model, Around(), max_length=None, response_length=8)
+    assert found == {"max_length": 23, "overlong": "truncate"}
+    assert limits("drop", model, Around(), max_length=20, response_length=8)["max_length"] == 19
+    with pytest.raises(UserError, match="overlong drop needs max_length: .* names no context"):
+        limits("drop", str(tmp_path / "none"), Around(), max_length=None)
 
 
 def test_overlong_pairs_for_sft(tmp_path, model, capsys, caplog):
