@@ -9,16 +9,16 @@ block and on the device: with every row off no adapter is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends import launch, registry, tuning
 from hydra_kernels.backends.lora_plan import Plan, columns, concatenated, saves_s, split_columns
 from hydra_kernels.backends.reference import philox
+from hydra_kernels.backends.triton import lora_linear_tiles as tiles
 from hydra_kernels.backends.triton import runtime
 from hydra_kernels.backends.triton.lora_linear_kernels import (
     lora_linear_contract_kernel,
@@ -32,35 +32,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
     return [*runtime.wrong_device(*tensors), *registry.wrong_dtype(_DTYPES, *tensors)]
-
-
-def _rank_block(ranks: int, dtype: torch.dtype) -> int:
-    # Products in full float32 are not the tensor cores': more ranks at once spill.
-    most = 16 if dtype == torch.float32 else 64
-    return min(max(triton.next_power_of_2(ranks), 16), most)
-
-
-def _shrink_config(ranks: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
-    block = _rank_block(ranks, dtype)
-    wide = 64 if dtype == torch.float32 or (dropout and block > 32) else 128
-    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 4}
-
-
-def _expand_config(ranks: int, dtype: torch.dtype) -> dict[str, int]:
-    block = _rank_block(ranks, dtype)
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block, "num_warps": 4}
-    # Eight warps for the widest rank: four run out of registers on sm_80 (Triton 3.7).
-    return {"BLOCK_M": 64, "BLOCK_C": 128, "BLOCK_R": block, "num_warps": 8 if block > 32 else 4}
-
-
-def _contract_config(ranks: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
-    block = _rank_block(ranks, dtype)
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": 64, "BLOCK_R": block, "num_warps": 4}
-    # As many columns as their sums leave registers for: each column block costs a part of dS.
-    wide = {16: 256, 32: 128, 64: 64 if dropout else 128}[block]
-    return {"BLOCK_M": 64, "BLOCK_C": wide, "BLOCK_R": block, "num_warps": 8}
 
 
 class _Gates:
@@ -86,27 +57,34 @@ def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | 
     s = x.new_empty((m, ranks))
     if s.numel() == 0:
         return s
-    config = _shrink_config(ranks, x.dtype, dropout > 0.0)
-    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(ranks, config["BLOCK_R"]))
-    lora_linear_shrink_kernel[grid](
-        x,
-        a,
-        s,
-        gates.ids,
-        gates.owner,
-        gates.scale,
-        seed,
-        m,
-        k,
-        ranks,
-        a.stride(1),
-        a.stride(0),
-        gates.rows_per_id,
-        philox.threshold(dropout),
-        HAS_IDS=gates.ids is not None,
-        HAS_DROPOUT=dropout > 0.0,
-        **config,
-    )
+    has_dropout = dropout > 0.0
+
+    def run(config: tuning.Config) -> None:
+        grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(ranks, config["BLOCK_R"]))
+        lora_linear_shrink_kernel[grid](
+            x,
+            a,
+            s,
+            gates.ids,
+            gates.owner,
+            gates.scale,
+            seed,
+            m,
+            k,
+            ranks,
+            a.stride(1),
+            a.stride(0),
+            gates.rows_per_id,
+            philox.threshold(dropout),
+            HAS_IDS=gates.ids is not None,
+            HAS_DROPOUT=has_dropout,
+            **config,
+        )
+
+    # Not by M: a row's result is the same in every batch, so its blocks are.
+    sizes = {"K": k, "R": ranks, "itemsize": x.element_size(), "dropout": int(has_dropout)}
+    candidates = tiles.shrink(ranks, x.dtype, has_dropout)
+    run(tuning.choose("lora_linear_shrink", x, sizes, candidates, run))
     return s
 
 
@@ -122,7 +100,7 @@ def _expand(
     y = s.new_empty((m, c))
     if y.numel() == 0:
         return y
-    config = _expand_config(s.shape[1], s.dtype)
+    config = tiles.expand(s.shape[1], s.dtype)
     grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(c, config["BLOCK_C"]))
     lora_linear_expand_kernel[grid](
         s,
@@ -162,16 +140,22 @@ def _contract(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts of x factor (P, M, R) and of drop(x)^T s (P, C, R), float32."""
     m, c = x.shape
-    config = _contract_config(ranks, x.dtype, dropout > 0.0)
-    col_blocks = triton.cdiv(c, config["BLOCK_C"])
-    rank_blocks = triton.cdiv(ranks, config["BLOCK_R"])
-    row_blocks = triton.cdiv(m, config["BLOCK_M"])
-    chunks = min(row_blocks, max(1, _PROGRAMS // max(col_blocks * rank_blocks, 1)))
-    blocks_of_chunk = triton.cdiv(row_blocks, max(chunks, 1))
-    chunks = triton.cdiv(row_blocks, max(blocks_of_chunk, 1))
-    over_cols = None if factor is None else x.new_empty((col_blocks, m, ranks), dtype=torch.float32)
-    over_rows = None if s is None else x.new_empty((chunks, c, ranks), dtype=torch.float32)
-    if m * c * ranks > 0:
+    has_dropout = dropout > 0.0
+
+    def run(config: tuning.Config) -> tuple[Tensor | None, Tensor | None]:
+        col_blocks = triton.cdiv(c, config["BLOCK_C"])
+        rank_blocks = triton.cdiv(ranks, config["BLOCK_R"])
+        row_blocks = triton.cdiv(m, config["BLOCK_M"])
+        chunks = min(row_blocks, max(1, _PROGRAMS // max(col_blocks * rank_blocks, 1)))
+        blocks_of_chunk = triton.cdiv(row_blocks, max(chunks, 1))
+        chunks = triton.cdiv(row_blocks, max(blocks_of_chunk, 1))
+        over_cols = over_rows = None
+        if factor is not None:
+            over_cols = x.new_empty((col_blocks, m, ranks), dtype=torch.float32)
+        if s is not None:
+            over_rows = x.new_empty((chunks, c, ranks), dtype=torch.float32)
+        if m * c * ranks == 0:
+            return over_cols, over_rows
         lora_linear_contract_kernel[(col_blocks, chunks, rank_blocks)](
             x,
             factor,
@@ -193,10 +177,17 @@ def _contract(
             OVER_COLS=factor is not None,
             OVER_ROWS=s is not None,
             HAS_IDS=gates.ids is not None,
-            HAS_DROPOUT=dropout > 0.0,
+            HAS_DROPOUT=has_dropout,
             **config,
         )
-    return over_cols, over_rows
+        return over_cols, over_rows
+
+    # Not by M, as in _shrink.
+    sizes = {"C": c, "R": ranks, "itemsize": x.element_size(), "dropout": int(has_dropout)}
+    sizes |= {"over_cols": int(factor is not None), "over_rows": int(s is not None)}
+    candidates = tiles.contract(ranks, x.dtype, has_dropout)
+    trial = run if m * c * ranks else None
+    return run(tuning.choose("lora_linear_contract", x, sizes, candidates, trial))
 
 
 def _reduce(parts: Tensor, out: Tensor, gates: _Gates | None) -> Tensor:
@@ -335,65 +326,6 @@ def bwd(
                 if dy is not None:
                     dx = _add_product(dx, dy, weight)
     return dx, das, dbs
-
-
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """The kernels as they are launched for one adapter of rank 16 and 64, for compile_check."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for rank in (16, 64):
-            for ids, dropout in ((True, False), (True, True)):
-                label = f"{name} R={rank}{' dropout' if dropout else ''}"
-                wide, small = f"*{name}:16", {"ids": "*i64:16", "owner": "*i64:16"}
-                common = {**small, "seed": "*i64:16"}
-                sizes = {
-                    **dict.fromkeys(("num_rows", "num_cols", "num_ranks"), "i32:16"),
-                    "rows_per_id": "i32",
-                    "threshold": "i32",
-                }
-                flags = {"HAS_IDS": ids, "HAS_DROPOUT": dropout}
-                expects = ("wide_loads",) if dtype == torch.float32 else ("tensor_cores",)
-
-                config = _shrink_config(rank, dtype, dropout)
-                warps = config.pop("num_warps")
-                # A^T: columns are next to each other
-                strides = {"stride_fr": "i32:16"}
-                yield (
-                    lora_linear_shrink_kernel,
-                    {"x": wide, "f": wide, "s": wide, "scale": "*fp32:16"}
-                    | common | sizes | strides,
-                    {**flags, **config, "stride_fc": 1},
-                    {"label": label, "num_warps": warps, "expects": expects},
-                )  # fmt: skip
-
-                config = _expand_config(rank, dtype)
-                warps = config.pop("num_warps")
-                yield (
-                    lora_linear_expand_kernel,
-                    {"s": wide, "f": wide, "bias": wide, "y": wide}
-                    | common | sizes | {"stride_s": "i32:16", "stride_fc": "i32:16"},
-                    {**flags, **config, "HAS_BIAS": True, "stride_fr": 1},
-                    {"label": label, "num_warps": warps, "expects": expects},
-                )  # fmt: skip
-
-                config = _contract_config(rank, dtype, dropout)
-                warps = config.pop("num_warps")
-                both = not dropout  # dS and dB; with dropout, dA
-                yield (
-                    lora_linear_contract_kernel,
-                    {"x": wide, "f": wide, "s": wide, "over_cols": "*fp32:16"}
-                    | {"over_rows": "*fp32:16", "stride_s": "i32:16", "stride_fc": "i32:16"}
-                    | common | sizes | {"chunk": "i32:16"},
-                    {**flags, **config, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
-                    {"label": label, "num_warps": warps, "expects": expects},
-                )  # fmt: skip
-        yield (
-            lora_linear_reduce_kernel,
-            {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
-            | {"scale": "*fp32:16", "num_parts": "i32", "num_rows": "i32:16"}
-            | {"num_ranks": "i32:16", "stride_row": "i32:16", "rows_per_id": "i32"},
-            {"GATED": True, "HAS_IDS": True, "BLOCK": 512, "stride_rank": 1},
-            {"label": name, "num_warps": 4},
-        )
 
 
 for _op in ("lora_linear", "lora_linear_group"):

@@ -1,0 +1,146 @@
+"""Block sizes of lora_linear's Triton kernels: the generic default first, then those to be timed
+against it where that is asked for (backends/tuning.py)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+
+from hydra_kernels.backends.triton.lora_linear_kernels import (
+    lora_linear_contract_kernel,
+    lora_linear_expand_kernel,
+    lora_linear_reduce_kernel,
+    lora_linear_shrink_kernel,
+)
+
+Config = dict[str, int]
+
+
+def rank_block(ranks: int, dtype: torch.dtype) -> int:
+    # Products in full float32 are not the tensor cores': more ranks at once spill.
+    most = 16 if dtype == torch.float32 else 64
+    return min(max(triton.next_power_of_2(ranks), 16), most)
+
+
+def _config(m: int, c: int, r: int, num_warps: int, num_stages: int | None = None) -> Config:
+    config = {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_R": r, "num_warps": num_warps}
+    return config if num_stages is None else {**config, "num_stages": num_stages}
+
+
+@functools.cache
+def shrink(ranks: int, dtype: torch.dtype, dropout: bool) -> tuple[Config, ...]:
+    block = rank_block(ranks, dtype)
+    wide = 64 if dtype == torch.float32 or (dropout and block > 32) else 128
+    default = _config(64, wide, block, 4)
+    if dtype == torch.float32:
+        return default, _config(32, 64, block, 4), _config(64, 32, block, 4, 4)
+    others = [
+        _config(32, 128, block, 4, 4),
+        _config(64, 64, block, 4, 5),
+        _config(128, 64, block, 8, 4),
+    ]
+    if not dropout:
+        others.append(_config(64, 256, block, 8, 3))
+    return default, *others
+
+
+@functools.cache
+def expand(ranks: int, dtype: torch.dtype) -> Config:
+    block = rank_block(ranks, dtype)
+    if dtype == torch.float32:
+        return _config(32, 64, block, 4)
+    # Eight warps for the widest rank: four run out of registers on sm_80 (Triton 3.7).
+    return _config(64, 128, block, 8 if block > 32 else 4)
+
+
+@functools.cache
+def contract(ranks: int, dtype: torch.dtype, dropout: bool) -> tuple[Config, ...]:
+    block = rank_block(ranks, dtype)
+    if dtype == torch.float32:
+        return _config(32, 64, block, 4), _config(32, 32, block, 4), _config(32, 64, block, 8)
+    # As many columns as their sums leave registers for: each column block costs a part of dS.
+    wide = {16: 256, 32: 128, 64: 64 if dropout else 128}[block]
+    default = _config(64, wide, block, 8)
+    others = [_config(32, wide, block, 8), _config(64, 64, block, 4), _config(128, 64, block, 8)]
+    if block < 64:
+        others.append(_config(64, 128, block, 4))
+    return default, *(config for config in others if config != default)
+
+
+def _build(config: Config, label: str, **options: Any) -> tuple[dict[str, int], dict[str, Any]]:
+    """A config's blocks, and its launch options with those of compile_check."""
+    blocks = {name: size for name, size in config.items() if name.startswith("BLOCK")}
+    rest = {name: size for name, size in config.items() if name not in blocks}
+    return blocks, {**rest, "label": f"{label} {'x'.join(map(str, config.values()))}", **options}
+
+
+def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """The kernels as they are launched for one adapter of each block of ranks."""
+    for dtype, name, ranks in (
+        (torch.bfloat16, "bf16", (16, 32, 64)),
+        (torch.float32, "fp32", (16,)),
+    ):
+        for rank in ranks:
+            for dropout in (False, True):
+                yield from _of_rank(dtype, name, rank, dropout)
+        yield (
+            lora_linear_reduce_kernel,
+            {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
+            | {"scale": "*fp32:16", "num_parts": "i32", "num_rows": "i32:16"}
+            | {"num_ranks": "i32:16", "stride_row": "i32:16", "rows_per_id": "i32"},
+            {"GATED": True, "HAS_IDS": True, "BLOCK": 512, "stride_rank": 1},
+            {"label": name, "num_warps": 4},
+        )
+
+
+def _of_rank(
+    dtype: torch.dtype, name: str, rank: int, dropout: bool
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    label = f"{name} R={rank}{' dropout' if dropout else ''}"
+    wide = f"*{name}:16"
+    common = {
+        **dict.fromkeys(("ids", "owner", "seed"), "*i64:16"),
+        **dict.fromkeys(("num_rows", "num_cols", "num_ranks"), "i32:16"),
+        **dict.fromkeys(("rows_per_id", "threshold"), "i32"),
+    }
+    flags = {"HAS_IDS": True, "HAS_DROPOUT": dropout}
+    expects = ("wide_loads",) if dtype == torch.float32 else ("tensor_cores",)
+
+    # What is timed on request is compiled for Hopper, as it is to be chosen there.
+    for i, config in enumerate(shrink(rank, dtype, dropout)):
+        archs = {"archs": (90,)} if i else {}
+        blocks, options = _build(config, label, expects=expects, **archs)
+        # A^T: columns are next to each other
+        yield (
+            lora_linear_shrink_kernel,
+            {"x": wide, "f": wide, "s": wide, "scale": "*fp32:16", "stride_fr": "i32:16"} | common,
+            {**flags, **blocks, "stride_fc": 1},
+            options,
+        )
+
+    blocks, options = _build(expand(rank, dtype), label, expects=expects)
+    yield (
+        lora_linear_expand_kernel,
+        {"s": wide, "f": wide, "bias": wide, "y": wide}
+        | {"stride_s": "i32:16", "stride_fc": "i32:16"}
+        | common,
+        {**flags, **blocks, "HAS_BIAS": True, "stride_fr": 1},
+        options,
+    )
+
+    for i, config in enumerate(contract(rank, dtype, dropout)):
+        archs = {"archs": (90,)} if i else {}
+        blocks, options = _build(config, label, expects=expects, **archs)
+        both = not dropout  # dS and dB; with dropout, dA
+        yield (
+            lora_linear_contract_kernel,
+            {"x": wide, "f": wide, "s": wide, "over_cols": "*fp32:16", "over_rows": "*fp32:16"}
+            | {"stride_s": "i32:16", "stride_fc": "i32:16", "chunk": "i32:16"}
+            | common,
+            {**flags, **blocks, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
+            options,
+        )
