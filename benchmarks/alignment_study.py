@@ -26,7 +26,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks import machine
-from hydra_rlhf import demo, evaluate, ppo, sft, update
+from benchmarks.gradient_surgery import surgery
+from hydra_rlhf import demo, evaluate, ppo, sft
 from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data import Demonstration, Preference, Prompt, bundled
@@ -399,38 +399,6 @@ class Study:
             low, middle, high = (per_sample[int(q * (len(each) - 1))] for q in (0.2, 0.5, 0.8))
             figures = {"s_per_sample": middle, "p20": low, "p80": high, "steps": len(each)}
             self.append({"kind": "timing", "arm": name, "seed": seed, **figures})
-
-
-@contextlib.contextmanager
-def surgery() -> Iterator[None]:
-    """What of the value loss's gradient opposes the policy's in the joint adapter is taken from it.
-
-    ``g_v - min(0, g_v . g_p) / |g_p|^2 g_p``: the projection of Yu et al. 2020, arXiv:2001.06782,
-    algorithm 1, of one of the two gradients. For one microbatch a minibatch, as the study has it.
-    """
-    whole = update.ppo_losses
-
-    def projected(
-        config: PPOConfig, models: MethodModels, *rest: Any
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        joint, head = models.actor_parameters(), models.critic_parameters()
-        for _, figures in whole(config, models, *rest):
-            policy = torch.autograd.grad(figures["policy_loss"], joint, retain_graph=True)
-            value = torch.autograd.grad(config.vf_coef * figures["value_loss"], [*joint, *head])
-            dot = sum((p * v).sum() for p, v in zip(policy, value, strict=False))
-            square = sum(p.square().sum() for p in policy)
-            share = (dot.clamp(max=0.0) / square.clamp(min=1e-30)).detach()
-            wanted = [v + (1.0 - share) * p for p, v in zip(policy, value, strict=False)]
-            wanted += value[len(joint) :]
-            # A loss whose gradient is the wanted one, for the loop to send back as any other.
-            sums = [(p * w).sum() for p, w in zip([*joint, *head], wanted, strict=True)]
-            yield torch.stack(sums).sum(), figures
-
-    update.ppo_losses = projected
-    try:
-        yield
-    finally:
-        update.ppo_losses = whole
 
 
 def static_bytes(models: list[HydraModel]) -> int:

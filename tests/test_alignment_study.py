@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import alignment_study
 from benchmarks.alignment_study import ARMS, BY_NAME, START, Study, read
+from benchmarks.gradient_surgery import surgery
 from hydra_rlhf import demo, update
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.model import HydraModel
@@ -155,7 +156,7 @@ def test_surgery_takes_what_opposes_the_policy(pull, expected, monkeypatch):
     monkeypatch.setattr(update, "ppo_losses", lambda *_: iter([(torch.zeros(()), figures)]))
     models = SimpleNamespace(actor_parameters=lambda: [joint], critic_parameters=lambda: [head])
     before = update.ppo_losses
-    with alignment_study.surgery():
+    with surgery():
         ((loss, _),) = update.ppo_losses(PPOConfig(vf_coef=1.0), models)
     assert update.ppo_losses is before
     loss.backward()
