@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hydra_kernels import Projection, lora_linear_group
 from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import run
@@ -60,13 +61,19 @@ def test_every_choice_of_blocks_gives_the_same_answer(monkeypatch, chosen, dtype
     ranks = (16, 5) if dtype == HALF else (9, 5)  # one block of ranks each
     call = make_call(130, 140, 20, ranks, dtype, ids, dropout)
     monkeypatch.setattr(kernel, "_PROGRAMS", 2)  # so that one sums over several blocks of rows
-    turns = max(len(f(sum(ranks), dtype, dropout > 0)) for f in (tiles.shrink, tiles.contract))
+    r = sum(ranks)
+    turns = max(
+        len(tiles.shrink(r, dtype, dropout > 0)), len(tiles.contract(r, dtype, dropout > 0))
+    )
+    turns = max(turns, len(tiles.append(r, dtype)))
     for turn in range(turns):
         chosen.turn = turn
         assert_near_float64(*call)
-    assert turns > 2 and set(chosen.seen) == {"lora_linear_shrink", "lora_linear_contract"}
-    for kinds in chosen.seen.values():
-        assert all("M" not in sizes for sizes in kinds)  # a row's result is the same in any batch
+    names = {"lora_linear_shrink", "lora_linear_append", "lora_linear_contract"}
+    assert turns > 2 and set(chosen.seen) == names
+    for name in names - {"lora_linear_append"}:  # cuBLAS chooses by M too
+        # a row's result is the same in any batch
+        assert all("M" not in sizes for sizes in chosen.seen[name])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16])
@@ -79,3 +86,61 @@ def test_candidates_are_different_and_blocks_of_ranks_the_default_s(dtype, dropo
             # the masks of dropout come by groups of eight columns
             assert all(config["BLOCK_C"] % 8 == 0 for config in found)
             assert {config["BLOCK_R"] for config in found} == {tiles.rank_block(ranks, dtype)}
+
+
+APPENDED = {"APPEND": 1, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_K": 16, "BLOCK_R": 16, "GROUP": 2}
+
+
+@pytest.fixture
+def appended(monkeypatch):
+    """The wide product and the adapter's in one kernel; counts its calls."""
+    calls = []
+    append = kernel._append
+
+    def choose(name, tensor, sizes, candidates, launch):
+        return APPENDED if name == "lora_linear_append" else candidates[0]
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return append(*arguments)
+
+    monkeypatch.setattr(kernel.tuning, "choose", choose)
+    monkeypatch.setattr(kernel, "_append", counted)
+    return calls
+
+
+@pytest.mark.parametrize("ids", [[0, 1, -1, 1, -1], [-1] * 5], ids=["mixed", "off"])
+@pytest.mark.parametrize("inner", [48, 37])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "float16"])
+def test_the_adapter_in_the_wide_product(appended, dtype, inner, ids):
+    """Three groups of row blocks, three of columns, and two blocks of ranks."""
+    inputs, settings = make_call(70, inner, 70, (16, 5), dtype, ids)
+    assert_near_float64(inputs, settings)
+    inputs[1] = inputs[1].t().contiguous().t()  # GPT-2 keeps its weights this way
+    actual = assert_near_float64(inputs, settings)
+    assert len(appended) == 2 and not appended[1][1].is_contiguous()
+    if set(ids) == {-1}:
+        for tensor in actual[4:]:
+            assert not tensor.any()
+
+
+def test_the_adapter_in_the_wide_product_of_a_group_and_without_bias(appended):
+    x = torch.randn(9, 20, device=DEVICE)
+    layers = [make_layer(n, 20, (r,), device=DEVICE, bias=False) for n, r in [(6, 2), (40, 18)]]
+    projections = [Projection(w, a, b, s) for w, _, a, b, s in layers]
+    actual = lora_linear_group(x, projections, backend="triton")
+    for mine, other in zip(
+        actual, lora_linear_group(x, projections, backend="reference"), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+    assert len(appended) == 2
+
+
+def test_the_wide_product_is_cublas_s_where_nothing_better_is_known(monkeypatch):
+    """What this tells of tuning.choose is that its default, and its only one in float32, is off."""
+    monkeypatch.setattr(kernel, "_append", None)
+    assert_near_float64(*make_call(10, 8, 9, (3,), FLOAT, [0, -1]))
+    for dtype in (FLOAT, HALF, torch.bfloat16):
+        first, *others = tiles.append(16, dtype)
+        assert first == {"APPEND": 0} and all(config["APPEND"] for config in others)
+        assert bool(others) == (dtype != FLOAT)

@@ -1,10 +1,12 @@
 """LoRA linear layers on a GPU: cuBLAS for the wide products, Triton for the small ones.
 
 shrink: s = gate * (drop(x) A^T). expand: y = drop(s B^T) + bias, to which cuBLAS then adds the wide
-product. contract: the sums of backward over rows and over columns, dS and dB in one read of dY and
-dA in one of x; it writes partial sums, which reduce adds in their order, so that nothing depends on
-timing. Blocks of rows with no adapter of a block of ranks skip its loads and products, one test a
-block and on the device: with every row off no adapter is read.
+product. append: the wide product and s B^T in one kernel, only where the tuning table or
+HYDRA_AUTOTUNE=1 has found it to be faster than those two. contract: the sums of backward over rows
+and over columns, dS and dB in one read of dY and dA in one of x; it writes partial sums, which
+reduce adds in their order, so that nothing depends on timing. Blocks of rows with no adapter of a
+block of ranks skip its loads and products, one test a block and on the device: with every row off
+no adapter is read.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from hydra_kernels.backends.reference import philox
 from hydra_kernels.backends.triton import lora_linear_tiles as tiles
 from hydra_kernels.backends.triton import runtime
 from hydra_kernels.backends.triton.lora_linear_kernels import (
+    lora_linear_append_kernel,
     lora_linear_contract_kernel,
     lora_linear_expand_kernel,
     lora_linear_reduce_kernel,
@@ -124,6 +127,67 @@ def _expand(
         **config,
     )
     return y
+
+
+def _append(
+    x: Tensor,  # (M, K)
+    weight: Tensor,  # (C, K)
+    bias: Tensor | None,
+    s: Tensor,  # (M, R), rows apart by its stride
+    factor: Tensor,  # (C, R)
+    gates: _Gates,
+    config: tuning.Config,
+) -> Tensor:
+    """x W^T + bias + s B^T in one kernel."""
+    m, k = x.shape
+    c = weight.shape[0]
+    y = x.new_empty((m, c))
+    blocks = {name: size for name, size in config.items() if name != "APPEND"}
+    grid = (triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_C"]),)
+    lora_linear_append_kernel[grid](
+        x,
+        weight,
+        bias,
+        s,
+        factor,
+        y,
+        gates.ids,
+        gates.owner,
+        m,
+        c,
+        k,
+        factor.shape[1],
+        weight.stride(0),
+        weight.stride(1),
+        s.stride(0),
+        factor.stride(0),
+        factor.stride(1),
+        gates.rows_per_id,
+        HAS_IDS=gates.ids is not None,
+        HAS_BIAS=bias is not None,
+        EVEN_K=k % blocks["BLOCK_K"] == 0,
+        **blocks,
+    )
+    return y
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, factor: Tensor, gates: _Gates
+) -> Tensor:
+    """x W^T + bias + s B^T, by whichever is known to be faster; by cuBLAS where neither is."""
+
+    def run(config: tuning.Config) -> Tensor:
+        if config["APPEND"]:
+            return _append(x, weight, bias, s, factor, gates, config)
+        return _add_product(_expand(s, factor, bias, gates, 0.0, None), x, weight.t())
+
+    (m, k), (c, ranks) = x.shape, factor.shape
+    candidates = tiles.append(ranks, x.dtype)
+    if m * c == 0:
+        return run(candidates[0])
+    # By M too: so does cuBLAS, which it is measured against, choose its kernels.
+    sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size()}
+    return run(tuning.choose("lora_linear_append", x, sizes, candidates, run))
 
 
 _PROGRAMS = 264  # two waves of an H200's 132 multiprocessors
@@ -249,8 +313,7 @@ def fwd(
             factor = concatenated(plan.of_projection(b, p), 1)
             stop = start + factor.shape[1]
             bias = None if bias is None else bias.contiguous()
-            y = _expand(s[:, start:stop], factor, bias, gates.ranks(start, stop), 0.0, None)
-            ys.append(_add_product(y, x, weight.t()))
+            ys.append(_product(x, weight, bias, s[:, start:stop], factor, gates.ranks(start, stop)))
             start = stop
     return ys, s if saves_s("triton", x.dtype) else None
 

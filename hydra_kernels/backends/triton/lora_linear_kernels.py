@@ -1,4 +1,4 @@
-"""The Triton kernels of lora_linear: shrink, expand, contract, reduce."""
+"""The Triton kernels of lora_linear: shrink, expand, append, contract, reduce."""
 
 import triton
 import triton.language as tl
@@ -89,6 +89,37 @@ def lora_linear_shrink_kernel(
 
 
 @triton.jit
+def _expanded(
+    total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+    stride_s, stride_fc, stride_fr, rows_per_id,
+    HAS_IDS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """total + s f^T; what no row of the block uses is not read."""
+    for r in range(0, num_ranks, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        r_inside = offs_r < num_ranks
+        any_on = 1
+        if HAS_IDS:
+            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
+            on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
+            any_on = tl.max(tl.max(on, axis=1), axis=0)
+        if any_on > 0:
+            small = tl.load(
+                s + rows[:, None] * stride_s + offs_r[None, :],
+                mask=inside[:, None] & r_inside[None, :],
+                other=0.0,
+            )
+            factor = tl.load(
+                f + offs_c[None, :] * stride_fc + offs_r[:, None] * stride_fr,
+                mask=r_inside[:, None] & c_inside[None, :],
+                other=0.0,
+            ).to(small.dtype)
+            total = tl.dot(small, factor, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def lora_linear_expand_kernel(
     s,  # (M, ld) of which R columns from `s` on
     f,  # (C, R)
@@ -118,30 +149,78 @@ def lora_linear_expand_kernel(
     offs_c = start + tl.arange(0, BLOCK_C)
     c_inside = offs_c < num_cols
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for r in range(0, num_ranks, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        r_inside = offs_r < num_ranks
-        any_on = 1
-        if HAS_IDS:
-            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
-            owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
-            on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
-            any_on = tl.max(tl.max(on, axis=1), axis=0)
-        if any_on > 0:
-            small = tl.load(
-                s + rows[:, None] * stride_s + offs_r[None, :],
-                mask=inside[:, None] & r_inside[None, :],
-                other=0.0,
-            )
-            factor = tl.load(
-                f + offs_c[None, :] * stride_fc + offs_r[:, None] * stride_fr,
-                mask=r_inside[:, None] & c_inside[None, :],
-                other=0.0,
-            ).to(small.dtype)
-            total = tl.dot(small, factor, total, input_precision="ieee")
+    total = _expanded(
+        total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+        stride_s, stride_fc, stride_fr, rows_per_id, HAS_IDS, BLOCK_R,
+    )  # fmt: skip
     if HAS_DROPOUT:
         keep = _kept(seed, rows, start, num_cols, threshold, BLOCK_C)
         total = tl.where(keep, total, 0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + offs_c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + rows[:, None] * num_cols + offs_c[None, :],
+        total,
+        mask=inside[:, None] & c_inside[None, :],
+    )
+
+
+@triton.jit
+def lora_linear_append_kernel(
+    x,  # (M, K)
+    w,  # (C, K)
+    bias,  # (C,)
+    s,  # (M, ld) of which R columns from `s` on
+    f,  # (C, R)
+    y,  # (M, C)
+    ids,
+    owner,
+    num_rows,
+    num_cols,
+    num_inner,  # K
+    num_ranks,
+    stride_wc,
+    stride_wk,
+    stride_s,
+    stride_fc,
+    stride_fr,
+    rows_per_id,
+    HAS_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """x w^T + bias, and s f^T as further steps of the same sums."""
+    # GROUP blocks of rows by all columns, and so on: what programs in flight read stays in L2.
+    pid = tl.program_id(0)
+    width = GROUP * tl.cdiv(num_cols, BLOCK_C)
+    first = pid // width * GROUP
+    group = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first, GROUP)
+    rows = (first + pid % width % group).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < num_rows
+    offs_c = pid % width // group * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside = offs_c < num_cols
+    offs_k = tl.arange(0, BLOCK_K)
+    x_at = x + rows[:, None] * num_inner + offs_k[None, :]
+    w_at = w + offs_c[None, :].to(tl.int64) * stride_wc + offs_k[:, None].to(tl.int64) * stride_wk
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for start in range(0, num_inner, BLOCK_K):
+        x_mask, w_mask = inside[:, None], c_inside[None, :]
+        if not EVEN_K:
+            x_mask = x_mask & (start + offs_k < num_inner)[None, :]
+            w_mask = w_mask & (start + offs_k < num_inner)[:, None]
+        wide = tl.load(x_at, mask=x_mask, other=0.0)
+        total = tl.dot(wide, tl.load(w_at, mask=w_mask, other=0.0), total, input_precision="ieee")
+        x_at += BLOCK_K
+        w_at += BLOCK_K * stride_wk
+    total = _expanded(
+        total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+        stride_s, stride_fc, stride_fr, rows_per_id, HAS_IDS, BLOCK_R,
+    )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + offs_c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
     tl.store(

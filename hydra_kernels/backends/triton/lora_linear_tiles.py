@@ -11,6 +11,7 @@ import torch
 import triton
 
 from hydra_kernels.backends.triton.lora_linear_kernels import (
+    lora_linear_append_kernel,
     lora_linear_contract_kernel,
     lora_linear_expand_kernel,
     lora_linear_reduce_kernel,
@@ -58,6 +59,26 @@ def expand(ranks: int, dtype: torch.dtype) -> Config:
 
 
 @functools.cache
+def append(ranks: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """First not to: then the product is cuBLAS's, onto what expand has written."""
+    # The sums of a wide product leave no registers for more ranks at once.
+    block = min(rank_block(ranks, dtype), 32)
+    blocks = [  # rows, columns, K; warps, stages
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 4),
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+        (64, 128, 64, 4, 4),
+    ]
+    if dtype == torch.float32:
+        blocks = []  # products on the ordinary cores: cuBLAS's are hard to beat
+    names = ("BLOCK_M", "BLOCK_C", "BLOCK_K", "num_warps", "num_stages")
+    configs = [dict(zip(names, sizes, strict=True)) for sizes in blocks]
+    shared = {"APPEND": 1, "BLOCK_R": block, "GROUP": 8}
+    return {"APPEND": 0}, *({**config, **shared} for config in configs)
+
+
+@functools.cache
 def contract(ranks: int, dtype: torch.dtype, dropout: bool) -> tuple[Config, ...]:
     block = rank_block(ranks, dtype)
     if dtype == torch.float32:
@@ -87,6 +108,8 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
         for rank in ranks:
             for dropout in (False, True):
                 yield from _of_rank(dtype, name, rank, dropout)
+            if rank <= 32:  # its widest block of ranks
+                yield from _appended(dtype, name, rank)
         yield (
             lora_linear_reduce_kernel,
             {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
@@ -144,3 +167,21 @@ def _of_rank(
             {**flags, **blocks, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
             options,
         )
+
+
+def _appended(
+    dtype: torch.dtype, name: str, rank: int
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """None is the default: compiled for Hopper alone."""
+    pointers = dict.fromkeys(("x", "w", "bias", "s", "f", "y"), f"*{name}:16")
+    sizes = dict.fromkeys(("num_rows", "num_cols", "num_inner", "num_ranks"), "i32:16")
+    strides = dict.fromkeys(("stride_wc", "stride_s", "stride_fc"), "i32:16")
+    others = {"ids": "*i64:16", "owner": "*i64:16", "rows_per_id": "i32"}
+    for config in append(rank, dtype):
+        if config["APPEND"]:
+            launched = {key: size for key, size in config.items() if key not in ("APPEND", "GROUP")}
+            expects = ("tensor_cores", "wide_loads")
+            blocks, options = _build(launched, f"{name} R={rank}", expects=expects, archs=(90,))
+            flags = {"HAS_IDS": True, "HAS_BIAS": True, "EVEN_K": True, "GROUP": config["GROUP"]}
+            constants = {**flags, **blocks, "stride_wk": 1, "stride_fr": 1}
+            yield lora_linear_append_kernel, pointers | sizes | strides | others, constants, options
