@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear_group
 from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
@@ -144,3 +145,31 @@ def test_the_wide_product_is_cublas_s_where_nothing_better_is_known(monkeypatch)
         first, *others = tiles.append(16, dtype)
         assert first == {"APPEND": 0} and all(config["APPEND"] for config in others)
         assert bool(others) == (dtype != FLOAT)
+
+
+@pytest.mark.parametrize("appends", [False, True], ids=["", "appended"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "float16"])
+def test_all_rows_off_skips_the_adapters(request, dtype, dropout, appends):
+    """NaN in every adapter reaches nothing, and their gradients are zeros."""
+    if appends:
+        request.getfixturevalue("appended")
+    inputs, settings = make_call(70, 40, 20, (16, 5), dtype, [-1] * 5, dropout)
+    clean = run(inputs, *settings, "triton")
+    poisoned = [*inputs[:3], *(torch.full_like(t, torch.nan) for t in inputs[3:])]
+    for mine, other in zip(run(poisoned, *settings, "triton"), clean, strict=True):
+        assert torch.equal(mine, other)
+    assert all(not gradient.any() for gradient in clean[4:])
+    torch.testing.assert_close(clean[0], F.linear(*inputs[:3]))
+
+
+def test_many_adapters_of_which_few_are_used():
+    """32 of rank 16; a block of ranks whose adapters are all off is passed over."""
+    inputs, settings = make_call(32, 24, 20, (16,) * 32, FLOAT, [3, -1, 31, 3])
+    clean = assert_near_float64(inputs, settings)
+    poisoned = [
+        torch.full_like(t, torch.nan) if i >= 3 and (i - 3) % 32 not in (3, 31) else t
+        for i, t in enumerate(inputs)
+    ]
+    for mine, other in zip(run(poisoned, *settings, "triton"), clean, strict=True):
+        assert torch.equal(mine, other)

@@ -4,9 +4,16 @@ shrink: s = gate * (drop(x) A^T). expand: y = drop(s B^T) + bias, to which cuBLA
 product. append: the wide product and s B^T in one kernel, only where the tuning table or
 HYDRA_AUTOTUNE=1 has found it to be faster than those two. contract: the sums of backward over rows
 and over columns, dS and dB in one read of dY and dA in one of x; it writes partial sums, which
-reduce adds in their order, so that nothing depends on timing. Blocks of rows with no adapter of a
-block of ranks skip its loads and products, one test a block and on the device: with every row off
-no adapter is read.
+reduce adds in their order, so that nothing depends on timing.
+
+Blocks of rows with no adapter of a block of ranks skip its loads and products, by one test on the
+device, so that a captured graph obeys new ids, and past a sum of ranks of one block the products do
+not grow with adapters that are off.
+With every row off nothing of x and dY is read for an adapter, and of the adapters only B, once for
+each chunk of rows that makes dS. What is then still paid are the launches; zeros written as s, dS,
+dA and dB and the partial sums of the last three; and, as no host knows that they could be left
+out, the bias or zeros that the wide product is added to, forward and in dX (append has none
+forward).
 """
 
 from __future__ import annotations
