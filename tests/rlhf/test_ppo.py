@@ -145,12 +145,18 @@ def test_models_held_and_passes(method):
 
 
 def test_methods_on_adapters_agree():
-    """lora-ppo, d-lora-ppo and hydra-ppo train the same adapters from the same seed."""
+    """lora-ppo, d-lora-ppo and hydra-ppo train the same adapters from the same seed.
+
+    To float32's rounding: rows that share an adapter are computed in another order than rows of
+    several adapters in one batch, which is how hydra-ppo scores.
+    """
     found = {}
     for method in ("lora-ppo", "d-lora-ppo", "hydra-ppo"):
         metrics = run(settings(method=method)).metrics
-        found[method] = [(m["objective/scores"], m["loss/value_avg"], m["lr"]) for m in metrics]
-    assert found["lora-ppo"] == found["d-lora-ppo"] == found["hydra-ppo"]
+        names = ("objective/scores", "loss/value_avg", "lr")
+        found[method] = [m[name] for m in metrics for name in names]
+    for method in ("d-lora-ppo", "hydra-ppo"):
+        assert found[method] == pytest.approx(found["lora-ppo"], rel=1e-6), method
 
 
 def numbers(result):
