@@ -333,6 +333,8 @@ def _measure(
     device = options.device
     options.say(f"{bench.OP} {mode} {shape} {str(dtype)[6:]}: {', '.join(due)}")
     torch.manual_seed(0)
+    # Each group's graphs are new: past eight of one function torch.compile would run it eagerly.
+    torch.compiler.reset()
     inputs = bench.inputs(shape, dtype, device)
     rows = bench.calls(inputs, mode)
     as_graph = device == "cuda" and mode in getattr(bench, "GRAPH", ())
