@@ -55,8 +55,8 @@ void linear_logprob_grads(
     std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t norms,
     std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride);
 
-// The adapters' part of y, or bias, into every y; false, and nothing written, where every row is off.
-// Adapters and projections are flattened as csrc/cpu/lora_layout.h says.
+// The adapters' part of y, or bias, into every y; false, and nothing written, where every row is
+// off. Adapters and projections are flattened as csrc/cpu/lora_layout.h says.
 bool lora_linear_fwd(
     std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
@@ -78,7 +78,6 @@ void lora_linear_merge(
 // The id that all have, -1 where there are none, -2 where they differ.
 std::int64_t lora_linear_only_id(
     std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters);
-
 
 // Runs the instructions of hydra_kernels/replay; table holds the storages' addresses.
 void replay(std::uintptr_t program, std::int64_t num_words, std::uintptr_t table, int threads);

@@ -73,14 +73,14 @@ struct Packed {
 };
 
 struct Class {
-  std::vector<std::size_t> adapters;      // in the order of their ranks
-  std::vector<std::int64_t> at;           // first column of s of each of them
-  std::vector<Ranks> ranks;               // of each projection
-  std::vector<float> scale;               // of each column of s, 0 where it is padding
-  std::int64_t num_ranks = 0;             // with the padding
+  std::vector<std::size_t> adapters;         // in the order of their ranks
+  std::vector<std::int64_t> at;              // first column of s of each of them
+  std::vector<Ranks> ranks;                  // of each projection
+  std::vector<float> scale;                  // of each column of s, 0 where it is padding
+  std::int64_t num_ranks = 0;                // with the padding
   std::int64_t first_row = 0, num_rows = 0;  // in Layout::order
-  Packed a;                               // F = A^T, all ranks
-  std::vector<Packed> b;                  // F = B of each projection
+  Packed a;                                  // F = A^T, all ranks
+  std::vector<Packed> b;                     // F = B of each projection
 };
 
 struct Layout {
@@ -100,8 +100,8 @@ inline void check_id(std::int64_t id, std::int64_t num_adapters) {
 
 // Throws for an id out of range; returns false where no row has an adapter.
 inline bool sort_rows(
-    const std::int64_t* ids, std::int64_t num_ids, std::int64_t num_adapters,
-    std::int64_t num_rows, Layout& layout) {
+    const std::int64_t* ids, std::int64_t num_ids, std::int64_t num_adapters, std::int64_t num_rows,
+    Layout& layout) {
   auto& classes = layout.classes;
   const std::int64_t rows_per_id = num_ids == 0 ? 0 : num_rows / num_ids;
   const auto class_of = [&](std::int64_t id) -> Class* {

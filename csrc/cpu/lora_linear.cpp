@@ -203,8 +203,8 @@ void write_grad(const Call& call, const Write& task, const Sums& sums, const flo
   const std::int64_t cols = task.of_b ? call.projections[p].num_outputs : call.num_inputs;
   const std::int64_t stride = task.of_b ? sums.cols_b[p] : sums.cols_a;
   const std::int64_t at = c.at[task.adapter];
-  const std::int64_t first = task.of_b ? sums.at_b[p] + (at - c.ranks[p].start) * stride
-                                       : at * stride;
+  const std::int64_t first =
+      task.of_b ? sums.at_b[p] + (at - c.ranks[p].start) * stride : at * stride;
   auto* to = reinterpret_cast<T*>(task.of_b ? f.db : f.da);
   const std::int64_t to_rank = task.of_b ? 1 : cols, to_col = task.of_b ? f.rank : 1;
   const std::int64_t end = std::min(task.col + kWriteCols, cols);

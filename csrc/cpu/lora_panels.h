@@ -19,11 +19,11 @@
 
 namespace hydra::cpu::lora {
 
-constexpr int kRows = 64;     // of a panel: 16 KB of the L1 cache
-constexpr int kCols = 64;     // of a panel; a multiple of 8, since masks are bytes of 8 columns
-constexpr int kAhead = 16;    // floats of a cache line
+constexpr int kRows = 64;   // of a panel: 16 KB of the L1 cache
+constexpr int kCols = 64;   // of a panel; a multiple of 8, since masks are bytes of 8 columns
+constexpr int kAhead = 16;  // floats of a cache line
 constexpr int kExpandChunk = 4096;  // floats of a factor: 16 KB
-constexpr int kRankStep = 4;  // outer() takes so many ranks at once
+constexpr int kRankStep = 4;        // outer() takes so many ranks at once
 
 // ---- vectors: W floats, loaded and stored wherever they lie
 
@@ -110,8 +110,8 @@ struct ExpandTask {
   const float* s;  // (num_rows, lds), of which `ranks` columns
   std::int64_t lds;
   int ranks, num_rows;
-  const float* factor;  // (blocks of columns, ranks, block)
-  const float* base;    // what s F^T is added to
+  const float* factor;       // (blocks of columns, ranks, block)
+  const float* base;         // what s F^T is added to
   std::int64_t base_stride;  // of its rows; 0: one row for all, padded to whole blocks
   std::int64_t num_cols;
   const std::uint8_t* bits;
@@ -330,30 +330,30 @@ struct ShrinkShape {
 };
 
 #ifdef HYDRA_X86_LEVELS
-#define HYDRA_LEVELS(X)        \
-  X(HYDRA_TARGET_V4, v4, true) \
+#define HYDRA_LEVELS(X)         \
+  X(HYDRA_TARGET_V4, v4, true)  \
   X(HYDRA_TARGET_V3, v3, false) \
   X(, baseline, false)
 #else
 #define HYDRA_LEVELS(X) X(, baseline, false)
 #endif
 
-#define HYDRA_LEVEL(TARGET, NAME, V4)                                                            \
-  template <int W, int MR, int NV>                                                               \
-  TARGET __attribute__((noinline)) void shrink_##NAME(const ShrinkTask& t) {                     \
-    shrink_panel<W, MR, NV>(t);                                                                  \
-  }                                                                                              \
-  template <int W, int NV>                                                                       \
-  TARGET __attribute__((noinline)) void outer_##NAME(const OuterTask& t) {                       \
-    outer_panel<W, NV>(t);                                                                       \
-  }                                                                                              \
-  template <class T>                                                                             \
-  TARGET __attribute__((noinline)) void load_##NAME(const LoadTask<T>& t) {                      \
-    load_panel<T, V4>(t);                                                                        \
-  }                                                                                              \
-  template <class T, int W, int MR, int NV>                                                      \
-  TARGET __attribute__((noinline)) void expand_##NAME(const ExpandTask<T>& t) {                  \
-    expand_rows<T, W, MR, NV, V4>(t);                                                            \
+#define HYDRA_LEVEL(TARGET, NAME, V4)                                           \
+  template <int W, int MR, int NV>                                              \
+  TARGET __attribute__((noinline)) void shrink_##NAME(const ShrinkTask& t) {    \
+    shrink_panel<W, MR, NV>(t);                                                 \
+  }                                                                             \
+  template <int W, int NV>                                                      \
+  TARGET __attribute__((noinline)) void outer_##NAME(const OuterTask& t) {      \
+    outer_panel<W, NV>(t);                                                      \
+  }                                                                             \
+  template <class T>                                                            \
+  TARGET __attribute__((noinline)) void load_##NAME(const LoadTask<T>& t) {     \
+    load_panel<T, V4>(t);                                                       \
+  }                                                                             \
+  template <class T, int W, int MR, int NV>                                     \
+  TARGET __attribute__((noinline)) void expand_##NAME(const ExpandTask<T>& t) { \
+    expand_rows<T, W, MR, NV, V4>(t);                                           \
   }
 HYDRA_LEVELS(HYDRA_LEVEL)
 #undef HYDRA_LEVEL

@@ -183,8 +183,8 @@ struct Worker {
       const float* bias, std::int64_t num_cols, const std::uint8_t* bits) {
     fn.expand(
         {from, stride, static_cast<int>(ranks), num_rows,
-         factor == nullptr ? nullptr : factor->wide, bias, 0, num_cols, bits,
-         call.groups(), rows, packed.get()});
+         factor == nullptr ? nullptr : factor->wide, bias, 0, num_cols, bits, call.groups(), rows,
+         packed.get()});
   }
 };
 
