@@ -6,6 +6,9 @@ decoder with adapters off. Adapter ids travel with each forward and are kept by 
 role, a recomputation in backward, or another thread cannot change them. Nothing here touches
 ``requires_grad`` to change roles: the optimizer sees every adapter from the start.
 
+One class, a little past 500 lines: what it is made of is in lora.py, roles.py, scoring.py, trunk.py
+and pretrained.py, and what is left are its methods.
+
 Source: Santacroce et al. 2023, arXiv:2309.00754, section 3.
 """
 
