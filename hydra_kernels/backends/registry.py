@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,8 +147,7 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         NotImplementedError: ``backend``, or the one named by ``HYDRA_BACKEND``, cannot run the
             tensors; with every reason.
     """
-    if backend is None:
-        backend = os.environ.get("HYDRA_BACKEND") or None
+    backend = asked_for(backend)
     if backend is None:
         for name, unsupported in _installed(op):
             reasons = unsupported(*tensors)
@@ -165,6 +164,21 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         why = "; ".join(reasons)
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run {given}: {why}")
     return backend
+
+
+# What os.environ looks names up in: its own get() is four function calls, at every call of an op.
+_environ: Mapping = getattr(os.environ, "_data", {})
+_key = os.environ.encodekey("HYDRA_BACKEND") if _environ else "HYDRA_BACKEND"
+
+
+def asked_for(backend: str | None) -> str | None:
+    """``backend``, or where that is None what ``HYDRA_BACKEND`` names now."""
+    if backend is not None:
+        return backend
+    if not _environ or torch.compiler.is_compiling():
+        return os.environ.get("HYDRA_BACKEND") or None
+    found = _environ.get(_key)
+    return os.fsdecode(found) if found else None
 
 
 def _installed(op: str) -> list[tuple[str, Callable[..., list[str]]]]:

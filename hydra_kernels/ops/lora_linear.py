@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,11 +238,6 @@ def gated_linear_group(
 
 
 _CHOICES: dict[tuple, str] = {}
-# What os.environ looks names up in: its own get() is four function calls, at every call of the op.
-_environ: Mapping = getattr(os.environ, "_data", os.environ)
-_HYDRA_BACKEND = os.environ.encodekey("HYDRA_BACKEND") if _environ is not os.environ else (
-    "HYDRA_BACKEND"
-)  # fmt: skip
 
 
 def _select(
@@ -258,7 +253,7 @@ def _select(
         return registry.select(op, backend, x, adapter_ids, seed, *tensors)
     found: list = [
         op,
-        backend or _environ.get(_HYDRA_BACKEND),
+        registry.asked_for(backend),
         x.dtype,
         adapter_ids is None or adapter_ids.is_cpu,
         seed is None,
