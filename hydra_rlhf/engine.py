@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 import hydra_kernels.peft
 from hydra_kernels.replay import NotReplayable
-from hydra_rlhf.decode_state import Prefill, State, Unsupported, new_state
+from hydra_rlhf.decode_state import Prefill, State, Unsupported, check_supported, new_state
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
@@ -94,6 +94,7 @@ class RolloutEngine:
         assert model is self.model
         if not self._refused:
             try:
+                check_supported(model.config.get_text_config())
                 out = self.generate(
                     input_ids,
                     attention_mask,

@@ -22,6 +22,7 @@ from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.model import ROLES
+from hydra_rlhf.pretrained import first_line
 from hydra_rlhf.rollout import Rollout
 from hydra_rlhf.shapes import LOGIT_COLUMNS, LOGIT_ROWS, META, Ledger, models_on_meta
 
@@ -94,8 +95,19 @@ def plan(
     config.validate()
     try:
         models = models_on_meta(model_config, config)
-    except (ValueError, NotImplementedError) as e:
-        raise UserError(f"cannot plan for {model_config.model_type}: {e}") from e
+        return _plan(models, model_config, config, prompt_length)
+    except (ValueError, NotImplementedError, RuntimeError) as e:
+        # RuntimeError: torch has the grouped products of experts without storage in bfloat16 alone.
+        kind = f"{model_config.model_type} in {config.dtype or model_config.dtype or 'float32'}"
+        raise UserError(f"cannot plan for {kind}: {first_line(e)}") from e
+
+
+def _plan(
+    models: MethodModels,
+    model_config: transformers.PretrainedConfig,
+    config: PPOConfig,
+    prompt_length: int,
+) -> MethodPlan:
     held = _bytes(p for model in models for p in [*model.parameters(), *model.buffers()])
     heads = _bytes(p for m in models for h in (m.reward_head, m.value_head) for p in h.parameters())
     adapters = _bytes(p for m in models for n, p in m.base.named_parameters() if "lora_" in n)

@@ -28,6 +28,7 @@ from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
 from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
+from hydra_rlhf.roles import check_roles
 from hydra_rlhf.trunk import Prefix, blocks, flops, live_width
 
 # Prefixes of the distinct models, keyed by their position in MethodModels.distinct.
@@ -171,8 +172,14 @@ class MethodModels:
 
         The exact KL of two whole models is taken from both heads, some rows of logits at a time,
         and is a constant to autograd there.
+
+        Raises:
+            ValueError: as there, or no model plays one of the roles.
         """
         played = self.by_role()
+        check_roles(roles, kl=kl)
+        if missing := [role for role in roles if role not in played]:
+            raise ValueError(f"score: {self.method} holds no model for the role {missing[0]}")
         out = Score()
         states: dict[str, Tensor] = {}
         for i, model in enumerate(self.distinct):

@@ -44,7 +44,7 @@ from hydra_rlhf.pretrained import (
     save_head,
     whole,
 )
-from hydra_rlhf.roles import ROLES, Role, Score, last_token, position_ids
+from hydra_rlhf.roles import ROLES, Role, Score, check_roles, last_token, position_ids
 from hydra_rlhf.scoring import hidden_of, of_logprobs
 from hydra_rlhf.trunk import Prefix
 
@@ -80,7 +80,8 @@ class HydraModel(nn.Module):
         reference_adapter: Folder of a PEFT adapter that, frozen, makes the reference policy.
 
     Raises:
-        UserError: an adapter set that no method has, or a PEFT folder that cannot be read.
+        UserError: an adapter set that no method has, a PEFT folder that cannot be read, layers that
+            cannot be adapted, or an output head that is not linear.
     """
 
     base: Any  # transformers' model, or PEFT's around it
@@ -118,19 +119,32 @@ class HydraModel(nn.Module):
         elif reference_adapter is not None:
             raise UserError("reference_adapter needs a method with adapters")
         # Not a child: it shares the decoder's own head parameters.
-        self.__dict__["lm_head"] = LMHead.from_model(self.causal_lm)
+        try:
+            self.__dict__["lm_head"] = LMHead.from_model(self.causal_lm)
+        except ValueError as e:
+            raise UserError(first_line(e)) from e
 
     def _add_adapters(self, config: peft.LoraConfig | None, reference: str | None) -> None:
-        config = config or default_lora_config(self.base)
         names = list(self.adapters)
-        self.base = peft.get_peft_model(self.base, config, adapter_name=names[0])
-        for name in names[1:]:
-            self.base.add_adapter(name, config)
+        try:
+            config = config or default_lora_config(self.base)
+            self.base = peft.get_peft_model(self.base, config, adapter_name=names[0])
+            for name in names[1:]:
+                self.base.add_adapter(name, config)
+        except (ValueError, NotImplementedError) as e:
+            kind = self.base.config.model_type
+            raise UserError(f"cannot put adapters on this {kind} model: {first_line(e)}") from e
         if reference is not None:
             self._load_adapter("reference", reference)
             if "actor" in names or "joint" in names:
                 copy_adapter(self.base, "reference", "actor" if "actor" in names else "joint")
-        hydra_kernels.peft.fuse(self.base)
+        left = hydra_kernels.peft.fuse(self.base).left
+        if left:
+            name, why = next(iter(left.items()))
+            raise UserError(
+                f"{len(left)} of the adapted layers cannot take their adapter from a role, such as "
+                f"{name}: {why}; leave them out of lora_target_modules"
+            )
         # PEFT leaves only the adapter added first trainable; here all are, from start to end.
         for name, parameter in self.base.named_parameters():
             if "lora_" in name:
@@ -168,8 +182,7 @@ class HydraModel(nn.Module):
         Raises:
             ValueError: no such role.
         """
-        if name not in ROLES:
-            raise ValueError(f"role must be one of {ROLES}, got {name!r}")
+        check_roles((name,))
         head = {"actor": "lm", "reference": "lm", "critic": "value", "reward": "reward"}[name]
         if name in ("actor", "critic"):
             adapter = "joint" if "joint" in self.adapters else name
@@ -337,10 +350,10 @@ class HydraModel(nn.Module):
             See :class:`Score`.
 
         Raises:
-            ValueError: a role that does not exist, or T not below L.
+            ValueError: a role that does not exist, a KL without actor and reference, or T not
+                below L.
         """
-        for role in roles:
-            self.role(role)
+        check_roles(roles, kl=kl)
         tokens = response_mask.shape[1]
         if not 0 < tokens < input_ids.shape[1]:
             raise ValueError(

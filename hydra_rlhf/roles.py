@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ class Score(NamedTuple):
     kl: Tensor = ABSENT
     values: Tensor = ABSENT
     scores: Tensor = ABSENT
+
+
+def check_roles(roles: Sequence[str], *, kl: bool = False) -> None:
+    """Raises ValueError for a role that does not exist, and for a KL without both its policies."""
+    for role in roles:
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {ROLES}, got {role!r}")
+    if kl and not {"actor", "reference"} <= set(roles):
+        raise ValueError(f"score: kl needs the roles actor and reference, got {tuple(roles)}")
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

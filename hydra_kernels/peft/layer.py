@@ -237,9 +237,19 @@ class FusedLinear(lora.Linear):
 
 # PEFT 0.17 knows no arguments of variants.
 _VARIANT_KWARGS = getattr(lora.layer, "VARIANT_KWARG_KEYS", ())
-BASES = frozenset({nn.Linear, Conv1D})
+BASES = {nn.Linear, Conv1D}
+# The same product, spelt out; by name, so that its family is not imported for it.
+_SPELT_OUT = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _PLAIN = frozenset({nn.Parameter, Tensor})
+
+
+def is_base(layer: nn.Module) -> bool:
+    """Whether a layer is, by its class, one that the fused product can stand for."""
+    kind = type(layer)
+    if f"{kind.__module__}.{kind.__qualname__}" in _SPELT_OUT:
+        BASES.add(kind)
+    return kind in BASES
 
 
 def is_plain(tensor: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hydra_kernels.peft.ids import KeepingCheckpoint
-from hydra_kernels.peft.layer import BASES, FusedLinear, is_plain
+from hydra_kernels.peft.layer import FusedLinear, is_base, is_plain
 from hydra_kernels.peft.siblings import group_siblings
 
 _log = logging.getLogger("hydra_kernels")
@@ -51,7 +51,7 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     if type(module) is not lora.Linear:
         return f"its class is {type(module).__module__}.{type(module).__qualname__}"
     base = module.base_layer
-    if type(base) not in BASES:
+    if not is_base(base):
         return f"its base layer is {type(base).__module__}.{type(base).__qualname__}"
     if not is_plain(base._parameters.get("weight")):
         return f"its base layer's weight is {type(base.weight).__qualname__}"
@@ -122,7 +122,7 @@ class _Factory:
         reason = None
         if parameter_name is not None:
             reason = f"its parameter {parameter_name} is the target"
-        elif type(target) not in BASES:
+        elif not is_base(target):
             reason = f"its class is {type(target).__module__}.{type(target).__qualname__}"
         elif not is_plain(target._parameters.get("weight")):
             reason = f"its weight is {type(target.weight).__qualname__}"

@@ -49,6 +49,41 @@ CONFIGS = {
     ),
 }
 FAMILIES = tuple(CONFIGS)
+_OLD = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
+# Families that nothing was written for, each with something of its own; fewer tests run on them.
+_MORE = {
+    "phi": lambda: transformers.PhiConfig(**_SMALL, intermediate_size=48),  # a biased head
+    "gemma": lambda: transformers.GemmaConfig(**_GATED, head_dim=8),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **_GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8
+    ),
+    # A linear class of its own.
+    "falcon": lambda: transformers.FalconConfig(
+        **_OLD, hidden_size=32, num_hidden_layers=3, num_attention_heads=4
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**_GATED),
+    "starcoder2": lambda: transformers.Starcoder2Config(**_GATED),
+    "gptj": lambda: transformers.GPTJConfig(
+        **_OLD, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4
+    ),
+    # Biases of attention in the place of positions.
+    "bloom": lambda: transformers.BloomConfig(**_OLD, hidden_size=32, n_layer=3, n_head=4),
+    "cohere": lambda: transformers.CohereConfig(**_GATED),  # logits times a scale
+    "granite": lambda: transformers.GraniteConfig(**_GATED, logits_scaling=4.0),
+    # Every other layer sees a window.
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_OLD,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        attention_types=[[["global", "local", "global"], 1]],
+        max_position_embeddings=64,
+        window_size=4,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_GATED, num_local_experts=4),
+}
+CONFIGS.update(_MORE)
+MORE = tuple(_MORE)
 THREE = ("llama", "gpt2", "opt")  # rotary and gated, fused QKV in a Conv1D, learned positions
 
 

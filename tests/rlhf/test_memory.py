@@ -90,6 +90,15 @@ def test_every_family_is_planned(family):
     assert by["ppo"].peak > by["lora-ppo"].peak > by["d-lora-ppo"].peak > by["hydra-ppo"].peak
 
 
+def test_experts_are_planned_in_the_dtype_that_torch_has_shapes_for():
+    config = CONFIGS["mixtral"]()
+    halves = memory.plan(config, settings("hydra-ppo", dtype="bfloat16"), prompt_length=PROMPT)
+    assert halves.peak > halves.weights > 0
+    with pytest.raises(UserError, match="cannot plan for mixtral in float32: ") as caught:
+        memory.plan(config, settings("hydra-ppo", dtype="float32"), prompt_length=PROMPT)
+    assert "\n" not in str(caught.value)
+
+
 def test_parts_by_hand():
     """A Llama whose weights are counted on paper."""
     config = transformers.LlamaConfig(

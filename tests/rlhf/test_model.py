@@ -1,11 +1,14 @@
 """HydraModel: roles, reuse and files, over every family."""
 
+import inspect
+
 import peft
 import pytest
 import torch
 import transformers
 
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.model import (
     REWARD_HEAD,
     ROLES,
@@ -14,7 +17,17 @@ from hydra_rlhf.model import (
     last_token,
     position_ids,
 )
-from tests.rlhf.families import FAMILIES, PAD, THREE, batch, make_lm, make_model, train_by_chance
+from tests.rlhf.families import (
+    CONFIGS,
+    FAMILIES,
+    MORE,
+    PAD,
+    THREE,
+    batch,
+    make_lm,
+    make_model,
+    train_by_chance,
+)
 
 FIELDS = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "scores")
 ATOL = 2e-5  # float32 over three blocks of width 32, logits up to about 10
@@ -77,6 +90,28 @@ def test_score_against_logits(family):
         assert lengths[row] == mask[row, : last + 1].sum()
         torch.testing.assert_close(out.scores[row], rewards[row, last], atol=ATOL, rtol=1e-4)
     assert (out.logprobs - out.ref_logprobs).abs().max() > 1e-2, "the adapter does nothing"
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_families_that_nothing_was_written_for(family):
+    """The model's own log-probabilities, one batch or several, with and without a prefix."""
+    model = make_model(family, trained=True, layers_to_transform=[1, 2])
+    ids, mask, response_mask = inputs = batch()
+    out = scores_of(model, inputs)
+    T, plain = response_mask.shape[1], make_lm(family)
+    known = {"position_ids": position_ids(mask)}
+    if "position_ids" not in inspect.signature(plain.forward).parameters:
+        known = {}
+    with torch.no_grad():
+        logits = plain(ids, attention_mask=mask, **known).logits[:, -T - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, ids[:, -T:, None]).squeeze(-1)[response_mask]
+    torch.testing.assert_close(out.ref_logprobs[response_mask], expected, atol=5e-5, rtol=1e-4)
+    assert (out.logprobs - out.ref_logprobs).abs().max() > 1e-3, "the adapter does nothing"
+    prefix = model.compute_prefix(ids, mask)
+    assert_equal(scores_of(model, inputs, prefix=prefix), out)
+    at_once = scores_of(model, inputs, prefix=prefix, batched=True)
+    torch.testing.assert_close(at_once.logprobs, out.logprobs, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(at_once.values, out.values, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,6 +302,42 @@ def test_refusals(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         HydraModel(make_lm("llama"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "message"),
+    [
+        ("llama", {"target_modules": ["lm_head"]}, "carries a LoRA adapter"),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "1 of the adapted layers cannot"),
+        ("llama", {"target_modules": ["nothing"]}, "cannot put adapters on this llama model"),
+        ("mamba", {}, "cannot put adapters on this mamba model"),
+    ],
+)
+def test_layers_that_cannot_take_a_role(family, lora, message, monkeypatch):
+    """Told when the adapters are made, before any pass."""
+    mamba = lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)  # noqa: E731
+    monkeypatch.setitem(CONFIGS, "mamba", mamba)
+    with pytest.raises(UserError, match=message) as caught:
+        make_model(family, **lora)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kl_needs_both_policies():
+    one, other = make_model("llama", ("actor",)), make_model("llama", ())
+    methods = (
+        MethodModels("hydra-ppo", *[make_model("llama")] * 4),
+        MethodModels("lora-ppo", one, one, other, other),
+    )
+    for models in (make_model("llama"), *methods):
+        for roles in (("actor", "critic"), ("reference",), ("critic", "reward")):
+            with pytest.raises(ValueError, match=r"kl needs the roles actor and reference, got \("):
+                models.score(*batch(), roles=roles, kl=True)
+        assert models.score(*batch(), roles=("reference", "actor"), kl=True).kl is not None
+        with pytest.raises(ValueError, match="role must be one of"):
+            models.score(*batch(), roles=("actor", "judge"))
+    without = MethodModels("lora-ppo", one, one, other, None)
+    with pytest.raises(ValueError, match="lora-ppo holds no model for the role reward"):
+        without.score(*batch())
 
 
 def test_refuses_bad_paths_and_files(tmp_path):

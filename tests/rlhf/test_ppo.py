@@ -13,7 +13,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, build_method, method_from_model
 from hydra_rlhf.metrics import diagnose, explained_variance
 from hydra_rlhf.model import ROLES, HydraModel
-from tests.rlhf.families import PROMPTS, THREE, batch, make_lm, make_model, make_tokenizer
+from tests.rlhf.families import MORE, PROMPTS, THREE, batch, make_lm, make_model, make_tokenizer
 
 ONE_MODEL = ("j-hydra-ppo", "hydra-ppo")
 
@@ -86,6 +86,16 @@ def test_before_the_first_update(family, method):
     assert metrics["objective/kl"] == 0.0
     assert metrics["policy/approxkl_avg"] == 0.0
     assert metrics["policy/clipfrac_avg"] == 0.0
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_rollouts_of_families_that_nothing_was_written_for(family):
+    """Generation draws from the policy that is scored, whoever generates; then ratio 1 and KL 0."""
+    lm = make_lm(family)
+    model = HydraModel(lm, reward_head=torch.nn.Linear(32, 1, bias=False))
+    config = settings(num_mini_batches=1, max_steps=1, rollout_logprobs="check")
+    metrics = run(config, model).metrics[0]
+    assert metrics["val/ratio_first"] == 1.0 and metrics["objective/kl"] == 0.0
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
