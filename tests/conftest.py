@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 import os
 import signal
 
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_levels():
+    """What a test silences (the fuzzer, a benchmark) speaks again in the next one's caplog."""
+    loggers = [logging.getLogger(name) for name in ("hydra_kernels", "hydra_rlhf")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
