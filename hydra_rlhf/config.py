@@ -23,6 +23,9 @@ from hydra_rlhf.errors import UserError
 
 METHODS = ("ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo")
 
+# What samples responses; engines.py has them.
+ROLLOUT_ENGINES = ("hydra", "transformers", "continuous", "vllm")
+
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
@@ -129,9 +132,11 @@ class PPOConfig(LoraSettings):
     rollout_engine: str = _field(
         "hydra",
         "'hydra' samples over fixed buffers with its state on the device (a CUDA graph on a GPU); "
-        "'transformers' by transformers' generate, the same tokens under greedy decoding; 'vllm' "
-        "by vLLM from sft_model_path and the adapter, one process, with importance_cap. [ours]",
-        choices=("hydra", "transformers", "vllm"),
+        "'transformers' by transformers' generate, the same tokens under greedy decoding; "
+        "'continuous' by its continuous batching over a paged cache (transformers 5.4); 'vllm' by "
+        "vLLM from sft_model_path and the adapter, one process, with importance_cap; or "
+        "module:factory, yours. [ours]",
+        # One more form than the names that are listed, so checked below.
     )
     importance_cap: float = _field(
         2.0,
@@ -387,6 +392,13 @@ class PPOConfig(LoraSettings):
             raise UserError("use_score_norm needs use_score_scaling")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise UserError("missing_eos_penalty and missing_eos_score exclude each other")
+        if self.rollout_engine not in ROLLOUT_ENGINES and ":" not in self.rollout_engine:
+            raise UserError(
+                f"rollout_engine must be one of {', '.join(ROLLOUT_ENGINES)}, or module:factory; "
+                f"got {self.rollout_engine!r}"
+            )
+        if self.rollout_engine == "continuous" and self.min_response_length > 0:
+            raise UserError("rollout_engine 'continuous' has no min_response_length")
         if not self.importance_cap > 0.0:
             raise UserError(f"importance_cap must be above 0, got {self.importance_cap}")
         if self.rollout_engine == "vllm" and self.rollout_logprobs != "recompute":

@@ -67,22 +67,12 @@ class Buffers(Cache):
             for buffer, part in zip(buffers, new, strict=True):
                 buffer[rows, :, : part.shape[2]] = part
 
-    def release(self) -> None:
-        """Gives the memory back and keeps the tensors, which :meth:`restore` fills again."""
-        for pair in self.pairs:
-            for buffer in pair:
-                buffer.untyped_storage().resize_(0)
-
-    def restore(self) -> None:
-        for pair in self.pairs:
-            for buffer in pair:
-                if buffer.untyped_storage().nbytes() == 0:
-                    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
-                    buffer.zero_()
-
     @property
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for pair in self.pairs for t in pair)
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        return [t for pair in self.pairs for t in pair]
 
 
 @dataclass
@@ -115,6 +105,25 @@ class State:
         """Everything that a token changes besides keys and values."""
         names = ("mask", "token", "position", "column", "finished", "uniforms")
         return {**{name: getattr(self, name) for name in names}, **self.outputs()}
+
+    def _large(self) -> list[Tensor]:
+        return [*self.cache.tensors(), *([] if self.prefix is None else [self.prefix])]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and kept activations that are held now."""
+        return sum(t.untyped_storage().nbytes() for t in self._large())
+
+    def release(self) -> None:
+        """Gives the memory back and keeps the tensors, which :meth:`restore` fills again."""
+        for buffer in self._large():
+            buffer.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        for buffer in self._large():
+            if buffer.untyped_storage().nbytes() == 0:
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+                buffer.zero_()
 
     def rows(self, row: Tensor) -> State:
         """A copy of some rows, to choose their next token apart from the others."""

@@ -29,15 +29,15 @@ from hydra_rlhf.decode_state import Prefill, State, Unsupported, check_supported
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
-from hydra_rlhf.rollout import Rollout, Sampling
+from hydra_rlhf.rollout import Engine, Rollout, Sampling
 from hydra_rlhf.rollout import generate as generate_by_transformers
 from hydra_rlhf.token_choice import Chosen, choose, is_filtered, write
 
 _log = logging.getLogger("hydra_rlhf")
 
 
-class RolloutEngine:
-    """Generates under a role's adapter; drop-in for :func:`hydra_rlhf.rollout.generate`.
+class RolloutEngine(Engine):
+    """The engine of this package: a row's tokens depend on its own seed alone.
 
     Args:
         model: Whose actor (or reference) samples.
@@ -48,6 +48,8 @@ class RolloutEngine:
         graph: Capture CUDA graphs; None does so on a GPU.
         replay: Record the step and replay it on a CPU; None does so where it can be, and says once
             where not.
+        keep: Most bytes of buffers that graphs keep between calls; past it :meth:`release` frees
+            both, and the next call captures anew. None is a twentieth of the device's memory.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RolloutEngine:
         bucket: int | None = None,
         graph: bool | None = None,
         replay: bool | None = None,
+        keep: int | None = None,
     ):
         on_gpu = model.device.type == "cuda"
         self.model = model
@@ -66,6 +69,7 @@ class RolloutEngine:
         self.check_every = check_every
         self.bucket = bucket or (256 if on_gpu else 32)
         self.graph = on_gpu if graph is None else graph
+        self._keep = _twentieth(model.device) if keep is None else keep
         self._key: tuple | None = None
         self._state: State | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -87,7 +91,7 @@ class RolloutEngine:
         seeds: Sequence[int] | None = None,
         keep_prefix: bool = False,
     ) -> Rollout:
-        """As :func:`hydra_rlhf.rollout.generate`, and by it where the engine cannot run.
+        """See :class:`hydra_rlhf.rollout.Engine`; by ``generate`` where this engine cannot run.
 
         There, ``seeds`` and ``keep_prefix`` are not obeyed.
         """
@@ -118,13 +122,15 @@ class RolloutEngine:
         return 0 if self._state is None else self._state.cache.nbytes
 
     def release(self) -> None:
-        """Frees buffers and graphs, for a phase that wants their memory.
+        """Frees buffers, for a phase that wants their memory; graphs with them past ``keep``.
 
         A step that is replayed on a CPU stays recorded: it is a few kilobytes.
         """
-        if self._state is not None and self._replays:
-            self._state.cache.release()
-        else:
+        if self._state is None:
+            return
+        if self._replays:
+            self._state.release()
+        elif not self._graphs or self._state.nbytes > self._keep:
             self._forget()
 
     def _forget(self) -> None:
@@ -295,7 +301,7 @@ class RolloutEngine:
         window = self._window is not None and self._window < P + T
         key = (B, P, T, sampling, values, self._entering.on, self._dtype, fingerprint(self.model))
         if self._key == key and self._state is not None:
-            self._state.cache.restore()
+            self._state.restore()
             return self._state
         self._forget()
         self._key = key
@@ -461,6 +467,12 @@ class _Step:
         self.engine._advance(state)
         drawn = tuple(chosen) if self.draws else choose(logits, state, self.sampling)
         self.engine._write(state, hidden, drawn, self.sampling)  # type: ignore[arg-type]
+
+
+def _twentieth(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory // 20
 
 
 def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 import hydra_kernels
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.config import PPOConfig
-from hydra_rlhf.engine import RolloutEngine
+from hydra_rlhf.engines import Engines
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.faults import Shrinking
 from hydra_rlhf.methods import MethodModels
@@ -27,7 +27,7 @@ from hydra_rlhf.model import ROLES, HydraModel, Score
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.trunk import Prefix
-from hydra_rlhf.vllm_rollout import VLLMSampler, importance_weights
+from hydra_rlhf.vllm_rollout import importance_weights
 
 
 class PromptLike(Protocol):
@@ -79,22 +79,14 @@ class Experience:
 
 
 class Sampler:
-    """How responses are sampled: by an engine for each model, or by transformers' generate."""
+    """How responses are sampled: by the run's engines, on a whole model."""
 
     def __init__(self, config: PPOConfig, sampling: Sampling, processes: Processes):
         self.sampling = sampling
         self.processes = processes
-        # Tokens that need a part of the model from each process: all have to make as many.
-        self.common = processes.sharding is not None and not config.gather_for_generation
+        self.engines = Engines(config, sampling, processes)
         self.keep_prefix = config.share_prefix and config.prefix_source == "rollout"
-        self._vllm: VLLMSampler | None = None
-        if config.rollout_engine == "vllm":
-            if processes.count > 1:
-                raise UserError("rollout_engine 'vllm' runs in one process")
-            self._vllm = VLLMSampler(config.sft_model_path)
-        self._engines: dict[HydraModel, RolloutEngine] | None = None
-        if config.rollout_engine == "hydra":
-            self._engines = {}
+        self.kv_cache = 0  # bytes of keys and values behind the last rollout
 
     def __call__(
         self,
@@ -106,31 +98,22 @@ class Sampler:
         with_logprobs: bool,
         seeds: Sequence[int],
     ) -> Rollout:
-        arguments = (model, input_ids, attention_mask, self.sampling)
-        options: dict[str, Any] = {"role": role, "with_logprobs": with_logprobs}
-        whole = contextlib.nullcontext() if self.common else self.processes.gathered(model)
-        if self._vllm is not None:
-            return self._vllm(*arguments, **options, seeds=seeds)
-        with whole:
-            if self._engines is None:
-                return rollouts.generate(*arguments, **options, synced_gpus=self.common)
-            engine = self._engine(model)
-            rollout = engine(*arguments, **options, seeds=seeds, keep_prefix=self.keep_prefix)
-        if not engine.graph:
-            engine.release()  # the update has better use for the memory; a graph keeps its buffers
+        engine = self.engines.of(model)
+        common = self.engines.common
+        with contextlib.nullcontext() if common else self.processes.gathered(model):
+            rollout = engine(
+                model,
+                input_ids,
+                attention_mask,
+                self.sampling,
+                role=role,
+                with_logprobs=with_logprobs,
+                seeds=seeds,
+                keep_prefix=self.keep_prefix,
+            )
+        self.kv_cache = engine.nbytes
+        engine.release()  # the update has better use for the memory
         return rollout
-
-    def _engine(self, model: HydraModel) -> RolloutEngine:
-        assert self._engines is not None
-        if model not in self._engines:
-            settings: dict[str, Any] = {}
-            if self.processes.sharding is not None:
-                # Gathered weights lie elsewhere each time.
-                settings.update(graph=False, replay=False)
-            if self.common:
-                settings["check_every"] = self.sampling.response_length  # none stops before
-            self._engines[model] = RolloutEngine(model, **settings)
-        return self._engines[model]
 
 
 def sample(
@@ -385,8 +368,12 @@ def make_experience(
     )
     if config.whiten_advantages:
         advantages = hydra_kernels.masked_whiten(advantages, mask, reduce=processes.sum)
-    if config.rollout_engine == "vllm":
-        assert rollout.logprobs is not None
+    if rollout.foreign:
+        if rollout.logprobs is None or config.rollout_logprobs != "recompute":
+            raise UserError(
+                f"rollout_engine {config.rollout_engine!r} samples by other kernels: it has to "
+                "give log-probabilities, and needs rollout_logprobs 'recompute'"
+            )
         # A factor above 0 of an advantage is the same factor of the token's policy loss.
         weights = importance_weights(scored.logprobs, rollout.logprobs, mask, config.importance_cap)
         advantages = advantages * weights

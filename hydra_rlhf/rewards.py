@@ -29,19 +29,24 @@ def load_reward_fn(spec: str) -> RewardFn:
     Raises:
         UserError: the form is wrong, or there is no such module or function.
     """
+    return load_named(spec, "reward_fn")
+
+
+def load_named(spec: str, setting: str) -> Callable[..., Any]:
+    """As :func:`load_reward_fn`, for any setting of this form."""
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise UserError(f"reward_fn must be module:function, got {spec!r}")
+        raise UserError(f"{setting} must be module:function, got {spec!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as e:
-        raise UserError(f"reward_fn: cannot import {module_name}: {e}") from e
+        raise UserError(f"{setting}: cannot import {module_name}: {e}") from e
     fn = getattr(module, name, None)
     if not callable(fn):
-        raise UserError(f"reward_fn: {module_name} has no function {name}")
+        raise UserError(f"{setting}: {module_name} has no function {name}")
     return fn
 
 

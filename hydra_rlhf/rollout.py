@@ -1,16 +1,16 @@
 """Sampling responses: prompts in, sequences with explicit lengths out.
 
 Lengths are carried in masks, never read back from token ids, so a tokenizer whose padding token is
-its end-of-sequence token works like any other. The interface is small on purpose: ``generate`` is
-transformers' own loop over the fused layers, and an engine that returns the same ``Rollout`` can
-take its place.
+its end-of-sequence token works like any other. :class:`Engine` is what samples, of which there are
+several; ``generate`` is transformers' own loop over the fused layers.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ class Rollout:
         ended: (B,) bool, True where a stop token came before the length ran out.
         prefix: What entered the first adapted block while the tokens were made; None where it was
             not asked for.
+        foreign: Another program's kernels sampled, whose log-probabilities are not quite the
+            trainer's: each token's policy loss is then weighted by the ratio of both.
         prompts, responses: The texts; a response without its stop token.
         columns: The other columns of the data set, one entry a prompt.
     """
@@ -71,6 +73,7 @@ class Rollout:
     ended: Tensor
     logprobs: Tensor | None = None
     prefix: Prefix | None = None
+    foreign: bool = False
     prompts: list[str] = field(default_factory=list)
     responses: list[str] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -98,7 +101,55 @@ class Rollout:
         )
 
 
-Generate = Callable[..., Rollout]
+class Engine(abc.ABC):
+    """What samples responses: the one interface of the engines here and of your own.
+
+    A class with this ``__call__`` is an engine; ``release`` and ``nbytes`` matter where memory is
+    held from one call to the next. ``rollout_engine`` names one of ``engines.ENGINES``, or as
+    ``module:factory`` a function that makes yours; see ``engines.py``.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        model: HydraModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        sampling: Sampling,
+        *,
+        role: str = "actor",
+        with_logprobs: bool = False,
+        seeds: Sequence[int] | None = None,
+        keep_prefix: bool = False,
+    ) -> Rollout:
+        """Samples one response a prompt under a role's adapter.
+
+        Args:
+            model: Whose actor (or reference) samples, with its weights as they are now.
+            input_ids: (B, P) prompts padded on the left.
+            attention_mask: (B, P), nonzero where there is a token.
+            sampling: See :func:`sampling_of`. A setting that cannot be obeyed is refused by name.
+            role: actor or reference.
+            with_logprobs: Also each token's log-probability; see :class:`Rollout`.
+            seeds: One a prompt. The same seeds, prompts and weights give the same tokens; an
+                engine says whether a prompt's tokens depend on its own seed alone. None draws from
+                torch's generator.
+            keep_prefix: Also what enters the first adapted block, from engines that see it.
+
+        Returns:
+            A :class:`Rollout` without texts. T is the longest response, at most response_length.
+
+        Raises:
+            UserError: the model or a setting is out of the engine's reach.
+        """
+
+    def release(self) -> None:  # noqa: B027  there may be nothing to free
+        """Frees what is held between calls: the next phase wants the memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held now."""
+        return 0
 
 
 def sampling_of(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
@@ -243,7 +294,7 @@ def generate(
         num_beams=1,
         use_cache=True,
     )
-    with _plain_generation_config(model.causal_lm):
+    with plain_generation_config(model.causal_lm):
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -263,6 +314,35 @@ def generate(
         response_mask=response_mask,
         ended=ended,
         logprobs=None if keep is None else keep.logprobs(response_mask),
+    )
+
+
+def of_rows(
+    rows: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]] | None,
+    ended: Sequence[bool],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    sampling: Sampling,
+) -> Rollout:
+    """Of each response's tokens, its stop token included, and their log-probabilities."""
+    device = input_ids.device
+    width = max(len(tokens) for tokens in rows)
+    responses = torch.full((len(rows), width), sampling.pad_id, dtype=torch.long)
+    scores = torch.zeros(len(rows), width)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, tokens in enumerate(rows):
+        responses[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = True
+        if logprobs is not None:
+            scores[i, : len(tokens)] = torch.tensor(logprobs[i])
+    mask = mask.to(device)
+    return Rollout(
+        query_responses=torch.cat([input_ids, responses.to(device)], dim=1),
+        attention_mask=torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1),
+        response_mask=mask,
+        ended=torch.tensor(ended, device=device),
+        logprobs=None if logprobs is None else scores.to(device),
     )
 
 
@@ -321,7 +401,7 @@ class _AfterToken(StoppingCriteria):
 
 
 @contextlib.contextmanager
-def _plain_generation_config(causal_lm):
+def plain_generation_config(causal_lm):
     """Hides the checkpoint's generation settings: generate() fills gaps in ours from them."""
     saved = causal_lm.generation_config
     causal_lm.generation_config = GenerationConfig()

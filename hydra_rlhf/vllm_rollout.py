@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.rollout import Rollout, Sampling
+from hydra_rlhf.rollout import Engine, Rollout, Sampling, of_rows
 
 
-class VLLMSampler:
-    """Has the interface of :class:`hydra_rlhf.engine.RolloutEngine`'s call.
+class VLLMEngine(Engine):
+    """Samples by vLLM; in one process.
 
     Args:
         base: Folder or hub name of the model that the adapters were put on.
@@ -56,13 +56,13 @@ class VLLMSampler:
         sampling: Sampling,
         *,
         role: str = "actor",
-        with_logprobs: bool = True,
+        with_logprobs: bool = False,
         seeds: Sequence[int] | None = None,
         keep_prefix: bool = False,
     ) -> Rollout:
-        """As :func:`hydra_rlhf.rollout.generate`; log-probabilities are vLLM's, as it sampled.
+        """See :class:`hydra_rlhf.rollout.Engine`; log-probabilities are vLLM's, as it sampled.
 
-        ``with_logprobs`` is always obeyed as True and ``keep_prefix`` never.
+        They always come, for the weights of the mismatch; ``keep_prefix`` is not obeyed.
 
         Raises:
             UserError: the model has no adapters, so that nothing small can be handed over.
@@ -155,20 +155,6 @@ def _as_rollout(
             [steps[token].logprob for steps, token in zip(completion.logprobs, tokens, strict=True)]
         )
         ended.append(stopped)
-    width = max(len(tokens) for tokens in rows)
-    device = input_ids.device
-    responses = torch.full((len(rows), width), sampling.pad_id, dtype=torch.long)
-    logprobs = torch.zeros(len(rows), width)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (tokens, found) in enumerate(zip(rows, scores, strict=True)):
-        responses[i, : len(tokens)] = torch.tensor(tokens)
-        logprobs[i, : len(tokens)] = torch.tensor(found)
-        mask[i, : len(tokens)] = True
-    mask = mask.to(device)
-    return Rollout(
-        query_responses=torch.cat([input_ids, responses.to(device)], dim=1),
-        attention_mask=torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1),
-        response_mask=mask,
-        ended=torch.tensor(ended, device=device),
-        logprobs=logprobs.to(device),
-    )
+    rollout = of_rows(rows, scores, ended, input_ids, attention_mask, sampling)
+    rollout.foreign = True
+    return rollout

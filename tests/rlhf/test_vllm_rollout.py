@@ -14,7 +14,7 @@ import transformers
 from hydra_rlhf import experience
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.rollout import Sampling, pad_left
-from hydra_rlhf.vllm_rollout import VLLMSampler, importance_weights
+from hydra_rlhf.vllm_rollout import VLLMEngine, importance_weights
 from tests.rlhf.families import EOS, PAD, make_lm, make_model
 from tests.rlhf.test_ppo import plain_model, run, settings
 
@@ -117,7 +117,7 @@ def base(tmp_path) -> str:
 def test_samples_under_the_adapter_as_it_is_now(vllm, base):
     model = make_model("llama", trained=True)
     ids, mask = pad_left([[5, 6, 7], [8] * 6], PAD)
-    sampler = VLLMSampler(base)
+    sampler = VLLMEngine(base)
     outs = {}
     for role in ("actor", "reference", "actor"):
         outs[role] = sampler(model, ids, mask, SAMPLING, role=role, seeds=[4, 9])
@@ -147,9 +147,9 @@ def test_samples_under_the_adapter_as_it_is_now(vllm, base):
 def test_rows_end_where_vllm_says(vllm, base):
     model = make_model("llama", trained=True)
     ids, mask = pad_left([[5, 6, 7], [8] * 6, [3, 4]], PAD)
-    free = VLLMSampler(base)(model, ids, mask, SAMPLING)
+    free = VLLMEngine(base)(model, ids, mask, SAMPLING)
     stop = int(free.query_responses[0, ids.shape[1] + 2])
-    out = VLLMSampler(base)(model, ids, mask, SAMPLING._replace(stop_ids=(stop,)))
+    out = VLLMEngine(base)(model, ids, mask, SAMPLING._replace(stop_ids=(stop,)))
     assert out.ended[0] and out.response_mask[0].sum() <= 3
     row = out.query_responses[0, ids.shape[1] :]
     assert row[out.response_mask[0]][-1] == stop and (row[~out.response_mask[0]] == PAD).all()
@@ -169,12 +169,12 @@ def test_errors_that_say_what_to_do(vllm, base, monkeypatch):
     model = make_model("llama", ())
     ids, mask = pad_left([[5, 6, 7]], PAD)
     with pytest.raises(UserError, match="methods with adapters"):
-        VLLMSampler(base)(model, ids, mask, SAMPLING)
+        VLLMEngine(base)(model, ids, mask, SAMPLING)
     with pytest.raises(UserError, match="sft_model_path"):
-        VLLMSampler(None)
+        VLLMEngine(None)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match="pip install vllm"):
-        VLLMSampler(base)
+        VLLMEngine(base)
 
 
 def hydra_config(base: str, **changes) -> Any:
