@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
 import json
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,6 +40,16 @@ COMMANDS = {
     "plan": ("hydra_rlhf.commands.plan", "memory of each method for a model, before loading it"),
     "export": ("hydra_rlhf.commands.export", "merge an adapter, or make a classifier of a reward"),
     "data": ("hydra_rlhf.commands.data", "data check FILE: what is in a set, bad rows by number"),
+}
+
+# command -> what its help ends with; from the README
+EXAMPLES = {
+    "sft": "sft --model MODEL --pair-data pairs.jsonl --output-dir runs/sft",
+    "ppo": "ppo --sft-model-path runs/sft --prompts prompts.jsonl --output-dir runs/ppo",
+    "evaluate": "evaluate sft=runs/sft ppo=runs/ppo --prompts held_out.jsonl",
+    "plan": "plan meta-llama/Llama-2-7b-hf --card-gb 80",
+    "export": "export runs/ppo merged --merge",
+    "data": "data check pairs.jsonl --tokenizer MODEL",
 }
 
 EPILOG = f"""\
@@ -97,6 +110,10 @@ def parse(
     config_file, flags = _take_config(list(argv))
     known = {action.dest for action in parser._actions} - {"help"}
     from_file = _config_flags(config_file, known) if config_file is not None else []
+    for flag in flags:
+        name = flag.split("=")[0]
+        if name.startswith("--") and name not in parser._option_string_actions:
+            raise _unknown(command, name, known)
     try:
         parsed = parser.parse_args_into_dataclasses(
             [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
@@ -105,8 +122,12 @@ def parse(
         raise UserError(f"{command}: {error}") from error
     rest = parsed[-1]
     if rest:
-        raise UserError(f"{command}: unknown setting {rest[0]}{_did_you_mean(rest[0], known)}")
+        raise _unknown(command, rest[0], known)
     return parsed[:-1]
+
+
+def _unknown(command: str, flag: str, known: Any) -> UserError:
+    return UserError(f"{command}: unknown setting {flag}{_did_you_mean(flag, known)}")
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -132,10 +153,17 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _named(command: str, argv: list[str], names: Sequence[str]) -> list[str]:
-    """Leading words as the flags that they stand for: ``data check FILE``."""
+    """Leading words as the flags that they stand for: ``data check FILE``.
+
+    A name that ends in ``*`` takes all that are left.
+    """
     flags: list[str] = []
     for name in names:
-        if argv and not argv[0].startswith("-"):
+        if name.endswith("*"):
+            words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+            del argv[: len(words)]
+            flags += [f"--{name[:-1]}", *words] if words else []
+        elif argv and not argv[0].startswith("-"):
             flags.append(f"--{name}={argv.pop(0)}")
     if names and argv and not argv[0].startswith("-"):
         raise UserError(f"{command}: unexpected {argv[0]!r} after {' '.join(names)}")
@@ -147,19 +175,23 @@ def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UserError(f"{command}: {message}")
+            # argparse names both spellings of a flag, --output_dir/--output-dir.
+            raise UserError(f"{command}: {re.sub('--[a-z_]+/--', '--', message)}")
 
     parser = Parser(
         list(argument_types),
         prog=f"{PROGRAM} {command}",
         usage=f"{PROGRAM} {command} [--config FILE] [settings]",
         description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"Example: {PROGRAM} {EXAMPLES[command]}" if command in EXAMPLES else None,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     for action in parser._actions:
         if action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS  # shown beside the setting that it turns off
+        if action.required:
+            action.help = f"required: {action.help}"
     return parser
 
 
@@ -270,6 +302,7 @@ def _quiet_libraries() -> None:
     import datasets
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -194,7 +194,7 @@ class PPOConfig(LoraSettings):
     )
     kl_controller: str = _field(
         "fixed",
-        "'fixed', or 'adaptive' to hold objective/kl near target_kl_control. [RLHF, section 2.2]",
+        "'fixed', or 'adaptive' to hold objective/kl near kl_target. [RLHF, section 2.2]",
         choices=("fixed", "adaptive"),
     )
     kl_target: float = _field(6.0, "Where the adaptive controller holds the KL, in nats. [RLHF]")

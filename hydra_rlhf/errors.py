@@ -9,3 +9,8 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2. Raise it before anything
     is written.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to what fits our one line."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -17,9 +17,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from hydra_rlhf import hub
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.data import Prompt
-from hydra_rlhf.errors import UserError
+from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.records import table
 from hydra_rlhf.rewards import call_reward_fn
@@ -388,8 +389,7 @@ def load_policy(
         plain = HydraModel.from_pretrained(base, device=device)
         merged = peft.PeftModel.from_pretrained(plain.causal_lm, str(path)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the adapter {path}: {line}") from error
+        raise UserError(f"cannot load the adapter {path}: {first_line(error)}") from error
     model = HydraModel(merged, reward_head=plain.reward_head)
     return model.eval(), load_tokenizer(base)
 
@@ -419,8 +419,5 @@ def resolve_policy(path: str | Path) -> str:
 def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with hub.loading("a tokenizer", path, KeyError):
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load a tokenizer from {path}: {line}") from error

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hydra_rlhf.errors import UserError
+from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
 
 _TRL_HEAD = "v_head.summary."
@@ -51,7 +51,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"cannot read {adapter}/adapter_config.json: {_first_line(e)}") from e
+        raise UserError(f"cannot read {adapter}/adapter_config.json: {first_line(e)}") from e
     base = base or config.base_model_name_or_path
     if not base:
         raise UserError(f"{adapter} does not say which model it is for; give --base")
@@ -59,7 +59,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     try:
         merged = peft.PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-        raise UserError(f"{adapter} does not fit {base}: {_first_line(e)}") from e
+        raise UserError(f"{adapter} does not fit {base}: {first_line(e)}") from e
     merged.save_pretrained(out)
     _copy_tokenizer(base, out)
     return out
@@ -128,7 +128,7 @@ def import_value_head(path: str | Path) -> nn.Linear:
             else:
                 found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as e:  # torch.load raises anything for a broken file
-            raise UserError(f"cannot read {file}: {_first_line(e)}") from e
+            raise UserError(f"cannot read {file}: {first_line(e)}") from e
         state |= {k: v for k, v in found.items() if _TRL_HEAD in k}
     if not state:
         raise UserError(f"{path} has no value head ({_TRL_HEAD}*) in it")
@@ -151,7 +151,7 @@ def _weight_files(path: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f"cannot read {file}: {_first_line(e)}") from e
+            raise UserError(f"cannot read {file}: {first_line(e)}") from e
         if any(Path(name).name != name for name in names):
             raise UserError(f"{file} names files outside its folder")
         return [path / name for name in names]
@@ -172,7 +172,3 @@ def _copy_tokenizer(source: str | Path, out: Path) -> None:
         for file in Path(source).glob(pattern):
             if file.is_file() and not (out / file.name).exists():
                 shutil.copy(file, out / file.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

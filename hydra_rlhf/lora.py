@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -22,10 +23,16 @@ def default_lora_config(causal_lm: Any, **settings) -> peft.LoraConfig:
     Args:
         causal_lm: The transformers model.
         settings: To ``peft.LoraConfig``; ``r`` also sets ``lora_alpha`` where that is not given.
+
+    Raises:
+        UserError: ``target_modules`` lists a name that no layer has.
     """
     trunk = getattr(causal_lm, causal_lm.base_model_prefix)
-    if settings.get("target_modules") is None:
+    targets = settings.get("target_modules")
+    if targets is None:
         settings["target_modules"] = linear_names(trunk)
+    elif not isinstance(targets, str):  # which PEFT takes as a pattern
+        _check_targets(trunk, targets)
     settings.setdefault("r", 128)
     if settings.get("lora_alpha") is None:
         settings["lora_alpha"] = settings["r"]
@@ -34,6 +41,15 @@ def default_lora_config(causal_lm: Any, **settings) -> peft.LoraConfig:
     if settings.get("layers_to_transform") is not None:
         settings.setdefault("layers_pattern", trunks.blocks_name(trunk).split(".")[-1])
     return peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def _check_targets(trunk: nn.Module, targets: Iterable[str]) -> None:
+    """PEFT refuses only where no name at all is found, and says nothing of a mistyped one."""
+    names = [f".{name}" for name, _ in trunk.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            known = ", ".join(linear_names(trunk))
+            raise UserError(f"no layer of the model is named {target} (linear layers: {known})")
 
 
 def linear_names(trunk: nn.Module) -> list[str]:

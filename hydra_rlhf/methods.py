@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hydra_kernels.nn import LMHead
+from hydra_rlhf import hub
 from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
@@ -364,11 +365,8 @@ def is_classifier(path: str | Path) -> bool:
     Raises:
         UserError: there is no readable configuration.
     """
-    try:
+    with hub.loading("a reward model", path):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise UserError(f"cannot load a reward model from {path}: {first}") from e
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 

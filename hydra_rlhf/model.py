@@ -31,12 +31,11 @@ from torch.distributed.tensor import DTensor
 import hydra_kernels.peft
 from hydra_kernels.nn import LMHead
 from hydra_rlhf import trunk as trunks
-from hydra_rlhf.errors import UserError
+from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.lora import copy_adapter, default_lora_config, linear_names
 from hydra_rlhf.pretrained import (
     REWARD_HEAD,
     VALUE_HEAD,
-    first_line,
     head_width,
     load_causal_lm,
     load_head,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hydra_rlhf.errors import UserError
+from hydra_rlhf import hub
+from hydra_rlhf.errors import UserError, first_line
 
 REWARD_HEAD = "reward_head.safetensors"
 VALUE_HEAD = "value_head.safetensors"
@@ -24,14 +24,14 @@ def load_causal_lm(
     path: str | Path, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
     """``AutoModelForCausalLM.from_pretrained``, in eval mode, with a UserError in one line."""
-    try:
+    with (
+        hub.loading("a causal language model", path, SafetensorError),
         # transformers would leave all processes but one without weights, for accelerate to fill.
-        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError, json.JSONDecodeError, SafetensorError) as e:
-        raise UserError(f"cannot load a causal language model from {path}: {first_line(e)}") from e
+        patch_environment(fsdp_cpu_ram_efficient_loading="false"),
+    ):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
     return model.eval()
 
 
@@ -72,7 +72,3 @@ def save_head(head: nn.Linear, file: Path) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts that other processes hold, who have to ask for it too."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

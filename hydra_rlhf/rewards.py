@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hydra_rlhf import hub
 from hydra_rlhf.errors import UserError
 
 # f(prompts=..., completions=..., **columns) -> one number each, as TRL's reward functions.
@@ -111,16 +112,13 @@ class ClassifierReward:
         batch_size: int = 16,
         tokenizer: Any = None,
     ):
-        try:
+        with hub.loading("a reward model", path, SafetensorError):
             self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(
                 str(path), trust_remote_code=False
             )
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 str(path), dtype="auto", trust_remote_code=False
             )
-        except (OSError, ValueError, SafetensorError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise UserError(f"cannot load a reward model from {path}: {first}") from e
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.model.config.pad_token_id is None:

@@ -206,6 +206,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
+class PromptTooLong(UserError):
+    """A prompt leaves its response no room."""
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -217,8 +221,11 @@ def encode_prompts(
     """Token ids and attention mask (B, P), padded on the left.
 
     Raises:
-        UserError: a prompt is empty after tokenisation, or longer than ``max_length`` tokens.
+        UserError: a prompt is empty after tokenisation, or longer than ``max_length`` tokens
+            (PromptTooLong), or there is no chat template to apply.
     """
+    if apply_chat_template and tokenizer.chat_template is None:
+        raise UserError("apply_chat_template: this tokenizer has no chat template")
     encoded = []
     for i, prompt in enumerate(prompts):
         if apply_chat_template:
@@ -233,7 +240,7 @@ def encode_prompts(
         if not ids:
             raise UserError(f"prompt {i} has no tokens: {prompt!r:.60}")
         if max_length is not None and len(ids) > max_length:
-            raise UserError(
+            raise PromptTooLong(
                 f"prompt {i} has {len(ids)} tokens, more than {max_length}: {prompt!r:.60}"
             )
         encoded.append(ids)

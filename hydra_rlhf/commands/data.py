@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hydra_rlhf.data.check import Report, check, render
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.evaluate import load_tokenizer
 from hydra_rlhf.settings import required, setting
 
 
@@ -43,7 +44,7 @@ def run(config: DataConfig) -> Report:
         config.file,
         split=config.split,
         format=config.format,
-        tokenizer=_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
         max_length=config.max_length,
     )
     if config.json:
@@ -53,13 +54,3 @@ def run(config: DataConfig) -> Report:
     if not report.usable:
         raise UserError(f"{config.file}: not usable: {report.why_not}")
     return report
-
-
-def _tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no tokenizer at {path}: {reason}") from error

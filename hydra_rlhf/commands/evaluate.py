@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_rlhf import data, evaluate, overoptimisation, sft
+from hydra_rlhf import data, evaluate, hub, overoptimisation, sft
 from hydra_rlhf.commands.inputs import choose_backend
 from hydra_rlhf.curves import draw_overoptimisation
 from hydra_rlhf.data import Prompt, bundled
@@ -82,6 +82,7 @@ class EvaluateConfig:
 
 
 ARGUMENTS = (EvaluateConfig,)
+POSITIONALS = ("policies*",)
 
 
 def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
@@ -93,6 +94,10 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         raise UserError(f"two policies have the same name: {', '.join(names)}; use NAME=PATH")
+    for _, path in named:  # before the first of them has answered
+        problem = hub.missing(evaluate.resolve_policy(path))
+        if problem is not None:
+            raise UserError(f"no policy {path}: {problem}")
     device = sft.make_accelerator(config.device).device
     if config.along:
         return _along(config, named, device)
@@ -131,6 +136,8 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
         prompts, answers, judge, seed=config.seed, rouge=config.rouge
     )
     _show(config, tracker, evaluation)
+    if judge.name == "reward":
+        tracker.say("note: judged by the reward head that PPO trains against; --judge for another")
     if isinstance(judge, ChatJudge):
         tracker.say(judge.summary())
     if config.output is not None:

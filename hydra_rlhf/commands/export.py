@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_rlhf import export
+from hydra_rlhf import evaluate, export
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.settings import required, setting
 
@@ -15,7 +15,8 @@ class ExportConfig:
     """What to write, and from what."""
 
     source: str = required(
-        "with --merge a PEFT adapter folder, such as run/actor; with --classifier a checkpoint"
+        "with --merge a PEFT adapter folder or a run of ppo; with --classifier a checkpoint or a "
+        "run of sft"
     )
     output: str = required("folder to write; must not hold anything yet")
     merge: bool = setting(False, "melt the adapter into its base: a plain Hugging Face model")
@@ -34,8 +35,9 @@ def run(config: ExportConfig) -> Path:
     if config.merge == config.classifier:
         raise UserError("export: give one of --merge and --classifier")
     if config.merge:
-        out = export.merge_adapter(config.source, config.output, base=config.base)
+        adapter = evaluate.resolve_policy(config.source)
+        out = export.merge_adapter(adapter, config.output, base=config.base)
     else:
-        out = export.export_classifier(config.source, config.output)
+        out = export.export_classifier(evaluate.resolve_checkpoint(config.source), config.output)
     print(f"wrote {out}")
     return out

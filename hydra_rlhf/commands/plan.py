@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from hydra_rlhf import memory
+from hydra_rlhf import hub, memory
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.memory import MethodPlan
@@ -45,11 +45,8 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         raise UserError(f"card_gb {given.card_gb} is not above reserve_gb {given.reserve_gb}")
     if given.chart is not None and not Path(given.chart).resolve().parent.is_dir():
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
-    try:
+    with hub.loading("a configuration", given.model):
         model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise UserError(f"cannot read the configuration of {given.model}: {first}") from e
     plans = memory.plan_methods(model_config, config, prompt_length=given.prompt_length)
     largest = None
     if given.batch_search:

@@ -20,7 +20,7 @@ from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, models_of
 from hydra_rlhf.records import Tracker
-from hydra_rlhf.rollout import encode_prompts
+from hydra_rlhf.rollout import PromptTooLong, encode_prompts
 from hydra_rlhf.schedule import seed_everything
 from hydra_rlhf.settings import required, setting
 
@@ -180,9 +180,12 @@ def check_prompts(
                 f"response_length {config.response_length} leaves no room for a prompt in a "
                 f"context of {limit} tokens"
             )
-    encode_prompts(
-        tokenizer, prompts, max_length=most, apply_chat_template=config.apply_chat_template
-    )
+    try:
+        encode_prompts(
+            tokenizer, prompts, max_length=most, apply_chat_template=config.apply_chat_template
+        )
+    except PromptTooLong as error:
+        raise UserError(f"{error} (--overlong drop, or truncate)") from error
 
 
 def readme(given: PPOInput, config: PPOConfig, result: ppo.PPOResult, run_dir: Path) -> str:

@@ -1,6 +1,7 @@
 """The command line: settings from flags and files, and bad input in one line with code 2."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -136,6 +137,24 @@ def test_bad_flags(capsys, tmp_path):
     assert "invalid int value: 'x'" in fails(capsys, "demo", "--seed", "x")
 
 
+def test_a_mistyped_flag_is_named_before_the_one_that_is_missing_for_it(capsys):
+    line = fails(capsys, "sft", "--modle", "m", "--pair-data", "d")
+    assert "unknown setting --modle (did you mean --model?)" in line
+    line = fails(capsys, "sft", "--model", "m")
+    assert line.endswith("the following arguments are required: --output-dir\n"), "one spelling"
+
+
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_examples_of_the_help_are_commands(command, capsys):
+    name, *words = cli.EXAMPLES[command].split()
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    flags = cli._named(command, words, getattr(module, "POSITIONALS", ()))
+    assert name == command and cli.parse(command, "s", module.ARGUMENTS, flags)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert cli.EXAMPLES[command] in " ".join(capsys.readouterr().out.split())
+
+
 # Bad input
 
 
@@ -239,6 +258,24 @@ def test_bad_prompts_for_ppo(tmp_path, model, prompts, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_adapters_for_layers_that_the_model_lacks(tmp_path, model, capsys):
+    sft = with_reward_head(model, tmp_path / "sft")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
+    argv = ("ppo", "--sft-model-path", sft, "--prompts", prompts, "--output-dir", tmp_path / "o")
+    line = fails(capsys, *argv, "--lora-target-modules", "q_proj", "k_porj")
+    assert "no layer of the model is named k_porj (linear layers: down_proj, " in line
+
+
+def test_a_chat_template_that_is_not_there(tmp_path, model, capsys):
+    sft = with_reward_head(model, tmp_path / "sft")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
+    argv = ("ppo", "--sft-model-path", sft, "--prompts", prompts, "--output-dir", tmp_path / "o")
+    line = fails(capsys, *argv, "--response-length", "8", "--apply-chat-template")
+    assert "this tokenizer has no chat template" in line
+
+
 def with_reward_head(model: Path, folder: Path) -> Path:
     """A checkpoint that ppo can start from."""
     start = HydraModel.from_pretrained(model)
@@ -335,9 +372,38 @@ def test_overlong_pairs_for_sft(tmp_path, model, capsys, caplog):
     assert "has no pairs" in fails(capsys, *argv("d", "--format", "prompt-only"))
 
 
+def test_evaluate_takes_policies_as_its_first_words(model, capsys):
+    line = fails(capsys, "evaluate", f"a={model}", f"b={model}", f"a={model}", "--show", "0")
+    assert "same name: a, b, a" in line
+
+
+def test_evaluate_looks_at_every_path_before_the_first_answer(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setattr("hydra_rlhf.evaluate.answer", lambda *a, **k: pytest.fail("sampled"))
+    line = fails(capsys, "evaluate", model, "./no-such", "--prompts", "bundled")
+    assert "no policy ./no-such: there is no such folder" in line
+
+
+def test_evaluate_says_when_the_judge_is_what_ppo_trains_against(tmp_path, model, capsys):
+    judge = with_reward_head(model, tmp_path / "judge")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
+    sizes = ("--response-length", "4", "--show", "0")
+    assert cli.main(["evaluate", str(judge), "--prompts", str(prompts), *sizes]) == 0
+    assert "judged by the reward head that PPO trains against" in capsys.readouterr().out
+
+
 def test_evaluate_wants_policies_that_exist(tmp_path, model, capsys):
     assert "./no-such" in fails(capsys, "evaluate", "--policies", "./no-such")
     assert "same name" in fails(capsys, "evaluate", "--policies", f"a={model}", f"a={model}")
+
+
+def test_export_finds_the_policy_in_a_run_folder(tmp_path, monkeypatch):
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    given = []
+    monkeypatch.setattr("hydra_rlhf.export.merge_adapter", lambda *a, **k: given.append(a))
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "out"), "--merge"]) == 0
+    assert given == [(str(tmp_path / "actor"), str(tmp_path / "out"))]
 
 
 # Other endings
