@@ -45,6 +45,18 @@ class Current(threading.local):
         return before
 
 
+class Usage:
+    """Whether ids have been in use in a model, so that a recomputation must know its own."""
+
+    __slots__ = ("used",)
+
+    def __init__(self) -> None:
+        self.used = False
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Usage, ()  # a copy's ids have not been
+
+
 def backward_pass() -> int:
     """The id of the backward pass that this thread runs, -1 outside of one."""
     if torch.compiler.is_compiling():

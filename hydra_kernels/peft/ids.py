@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 
 from hydra_kernels.ops.lora_linear import check_ids
-from hydra_kernels.peft.current import Current, backward_pass
+from hydra_kernels.peft.current import Current, Usage, backward_pass
 from hydra_kernels.peft.layer import FusedLinear
+from hydra_kernels.peft.saved_modules import GatedModulesToSave, ModulesToSaveWrapper
 from hydra_kernels.peft.siblings import group_siblings
+
+BASE = "__base__"  # PEFT's name for no adapter, where it takes one name for each row
 
 
 class IdsOfModel:
-    """What :func:`adapter_ids` knows about a model, kept on it so that a switch is cheap."""
+    """What :func:`adapter_ids` knows about a model, kept on it so that a switch is cheap.
+
+    Modules of the model refer to ``current`` and ``usage`` alone, never to this: a cycle would keep
+    a deleted model's memory until the garbage collector runs.
+    """
 
     def __init__(self, model: nn.Module, current: Current) -> None:
         self.current = current
         self.names: tuple[str, ...] = ()
         self.index: dict[str, int] = {}
-        self.used = False  # ids have been in use, so that a recomputation must know its own
+        self.usage = Usage()
         self.scalars: dict[tuple[int, torch.device], Tensor] = {}
-        self.device = torch.device("cpu")
+        self.layer: FusedLinear | None = None
         self.checkpointed: list[nn.Module] = []
         self.scan(model)
 
@@ -35,15 +44,18 @@ class IdsOfModel:
         for name, module in model.named_modules():
             if isinstance(module, FusedLinear):
                 module._current = self.current
-                module._model = self
-                self.device = module.get_base_layer().weight.device
-            elif isinstance(module, LoraLayer):
-                left.append(name)
+                module._usage = self.usage
+                self.layer = module
+            elif type(module) in (ModulesToSaveWrapper, GatedModulesToSave):
+                module.__class__ = GatedModulesToSave
+                module._current = self.current
+            elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                left.append(f"{name} ({type(module).__name__})")
         if left:
             raise ValueError(
-                "adapter_ids: these LoRA layers run PEFT's own code, which knows no ids: "
+                "adapter_ids: these layers run PEFT's own code, which knows no ids: "
                 + ", ".join(left)
-                + " (fuse(model) reports why)"
+                + " (fuse(model) takes the linear ones, and reports why not the others)"
             )
         group_siblings(model)
         # A module that checkpoints says so by this attribute, transformers' convention.
@@ -55,11 +67,30 @@ class IdsOfModel:
         for module in self.checkpointed:
             run = module.__dict__.get("_gradient_checkpointing_func")
             if type(run) is KeepingCheckpoint:
-                if run.model is self:
+                if run.current is self.current:
                     continue
                 run = run.run  # that of the model which this one is a copy of
             if run is not None:
-                module._gradient_checkpointing_func = KeepingCheckpoint(run, self)
+                module._gradient_checkpointing_func = KeepingCheckpoint(run, self.current)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now; it may have moved since it was scanned."""
+        layer = self.layer
+        if layer is None:
+            return torch.device("cpu")
+        return layer._modules["base_layer"].weight.device  # get_base_layer makes ten calls
+
+    def id_of(self, adapter: int | str) -> int:
+        if not isinstance(adapter, str):
+            return adapter
+        if adapter == BASE:
+            return -1
+        if adapter not in self.index:
+            raise ValueError(
+                f"adapter_ids: no adapter is called {adapter!r} (adapters: {', '.join(self.names)})"
+            )
+        return self.index[adapter]
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # the copy of a model is scanned anew when it is first given ids
@@ -75,14 +106,14 @@ def _nothing() -> None:
 class KeepingCheckpoint:
     """A model's checkpointing function, recomputing with the adapter ids of the forward pass."""
 
-    def __init__(self, run: Callable, model: IdsOfModel | None) -> None:
+    def __init__(self, run: Callable, current: Current) -> None:
         self.run = run
-        self.model = model
+        self.current = current
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         # A compiled graph recomputes from its own inputs, of which the ids are one.
-        if self.model is not None and not torch.compiler.is_compiling():
-            function = _keep(self.model.current, function)
+        if not torch.compiler.is_compiling():
+            function = _keep(self.current, function)
         return self.run(function, *args, **kwargs)
 
 
@@ -121,15 +152,22 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         ids: An int for every row, or an integer tensor shaped () or as a leading part of the
             layers' inputs, (B,) or (B, T): i runs adapter ``adapter_names(model)[i]`` and -1 the
             base. A tensor is read on its device when a layer runs, so a captured CUDA graph and a
-            compiled model obey new values in it. None is PEFT's own choice.
+            compiled model obey new values in it. Names stand for their ids, "__base__" for -1; a
+            sequence, one for each of B, is copied to the device. None is PEFT's own choice.
+
+    A module in ``modules_to_save`` runs the copy of each row's adapter too. Where rows differ, or
+    a tensor may say so, every copy is run on every row.
 
     Raises:
-        ValueError: an int is out of range, or a LoRA layer of the model is not fused.
+        ValueError: an id or a name is not one of the model's, or an adapted layer is neither a
+            fused one nor in ``modules_to_save``.
     """
 
     __slots__ = ("_before", "_ids", "_model", "_only")
 
-    def __init__(self, model: nn.Module, ids: int | Tensor | None) -> None:
+    def __init__(
+        self, model: nn.Module, ids: int | str | Sequence[int | str] | Tensor | None
+    ) -> None:
         known = model.__dict__.get("_hydra_model")
         if known is None:
             known = IdsOfModel(model, _current_of(model))
@@ -139,7 +177,12 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
             if isinstance(config, dict) and tuple(config) != known.names:
                 known.scan(model)
         self._only: dict[str, int] | None = None
+        if isinstance(ids, str):
+            ids = known.id_of(ids)
+        elif isinstance(ids, Sequence):
+            ids = torch.tensor([known.id_of(each) for each in ids], device=known.device)
         if ids is not None and not isinstance(ids, Tensor):
+            ids = operator.index(ids)
             self._only = {} if ids < 0 else {name: ids for name in known.names[ids : ids + 1]}
             ids = _scalar(known, ids)
         elif ids is not None:
@@ -153,7 +196,7 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
     def __enter__(self) -> None:
         known = self._model
         if self._ids is not None:
-            known.used = True
+            known.usage.used = True
         known.wrap_checkpoints()
         before = known.current.replace(self._ids, known.index, backward_pass(), self._only)
         self._before.append(before)
@@ -165,7 +208,7 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
 def _current_of(model: nn.Module) -> Current:
     """The ids that the fused layers of ``model`` share, new where they share none yet."""
     for module in model.modules():
-        if isinstance(module, FusedLinear) and "_current" in module.__dict__:
+        if isinstance(module, FusedLinear | GatedModulesToSave) and "_current" in module.__dict__:
             return module._current
     return Current()
 
@@ -176,9 +219,10 @@ def _scalar(known: IdsOfModel, ids: int) -> Tensor:
             f"adapter_ids must be between -1 and {len(known.names) - 1}, got {ids} "
             f"(adapters: {', '.join(known.names)})"
         )
-    found = known.scalars.get((ids, known.device))
+    device = known.device
+    found = known.scalars.get((ids, device))
     if found is None:
-        found = known.scalars[ids, known.device] = torch.tensor(ids, device=known.device)
+        found = known.scalars[ids, device] = torch.tensor(ids, device=device)
     return found
 
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora import variants
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from hydra_kernels.ops.lora_linear import gated_linear
-from hydra_kernels.peft.current import NO_BACKWARD, Current, backward_pass
+from hydra_kernels.peft.current import NO_BACKWARD, Current, Usage, backward_pass
 
 if TYPE_CHECKING:
-    from hydra_kernels.peft.ids import IdsOfModel
     from hydra_kernels.peft.siblings import Group
 
 Operands = tuple[Tensor, Tensor | None, list[Tensor], list[Tensor], list[float | Tensor]]
@@ -32,12 +32,12 @@ class FusedLinear(lora.Linear):
 
     # Shadowed on the instance when the model is first given ids.
     _current = Current()
-    _model: IdsOfModel | None = None
+    _usage = Usage()
     _group: Group | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         current = self._current
-        if current.entered_in == NO_BACKWARD and self._model is not None and self._model.used:
+        if current.entered_in == NO_BACKWARD and self._usage.used:
             self._refuse_unknown_ids()
         if current.ids is not None and not self._disable_adapters:
             # A compiled graph reads even an int on the device: the next one must not recompile it.
@@ -52,6 +52,14 @@ class FusedLinear(lora.Linear):
         if not names or dropout is None or (dropout > 0.0 and len(names) > 1):
             return super().forward(x)
         return self._fast_forward(x, names, owners, None, None, dropout, len(names))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self._current.ids is not None:
+            raise RuntimeError(
+                "adapter_ids are seen by the thread that entered them alone, and DataParallel runs "
+                "its replicas in others: use DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()
 
     def _get_name(self) -> str:
         return "Linear"  # PEFT's own writes lora.Linear, which programs look for
@@ -115,14 +123,14 @@ class FusedLinear(lora.Linear):
             if (
                 type(a) is not nn.Linear
                 or type(b) is not nn.Linear
-                or type(drop) not in _DROPOUTS
+                or type(drop) not in DROPOUTS
                 or not (is_bare(a) and is_bare(b) and is_bare(drop))
                 or name in self.lora_variant
                 or b._parameters["bias"] is not None
                 or a._parameters["bias"] is not None
             ):
                 return None
-            a_weight, b_weight = a._parameters["weight"], b._parameters["weight"]
+            a_weight, b_weight = a._parameters.get("weight"), b._parameters.get("weight")
             if not (type(a_weight) in _PLAIN and type(b_weight) in _PLAIN):
                 return None
             if dtype is None:
@@ -203,7 +211,8 @@ class FusedLinear(lora.Linear):
         whole = rows % max(ids.numel(), 1) == 0 if compiling else rows == self._current.tokens
         if x.dim() != 2 or not whole or ids.numel() == 0:
             raise ValueError(
-                f"adapter_ids: {tuple(ids.shape)} is no leading part of {tuple(x.shape[:-1])}"
+                f"adapter_ids: {tuple(ids.shape)} is no leading part of {tuple(x.shape[:-1])} "
+                "(beams and num_return_sequences repeat rows: ids.repeat_interleave(times))"
             )
         return ids.reshape(-1, 1).expand(-1, rows // ids.numel()).reshape(-1)
 
@@ -225,8 +234,20 @@ class FusedLinear(lora.Linear):
             lora_a = self.lora_A[name]
             inputs = self._cast_input_dtype(x, lora_a.weight.dtype)
             if name in self.lora_variant:
-                adapted = self.lora_variant[name].forward(
-                    self, active_adapter=name, x=inputs, result=result, **variant_kwargs, **kwargs
+                variant = self.lora_variant[name]
+                if isinstance(variant, _ALORA):
+                    raise ValueError(
+                        f"adapter_ids: {name} is an aLoRA, whose rows PEFT finds by the invocation "
+                        "tokens of its active adapter: use set_adapter"
+                    )
+                # A copy, which variants may change in place.
+                adapted = variant.forward(
+                    self,
+                    active_adapter=name,
+                    x=inputs,
+                    result=result.clone(),
+                    **variant_kwargs,
+                    **kwargs,
                 )
             else:
                 delta = self.lora_B[name](lora_a(self.lora_dropout[name](inputs)))
@@ -237,10 +258,11 @@ class FusedLinear(lora.Linear):
 
 # PEFT 0.17 knows no arguments of variants.
 _VARIANT_KWARGS = getattr(lora.layer, "VARIANT_KWARG_KEYS", ())
+_ALORA: type | tuple = getattr(variants, "ALoraLinearVariant", ())  # nor has PEFT 0.17
 BASES = {nn.Linear, Conv1D}
 # The same product, spelt out; by name, so that its family is not imported for it.
 _SPELT_OUT = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
-_DROPOUTS = frozenset({nn.Dropout, nn.Identity})
+DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
 

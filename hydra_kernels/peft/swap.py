@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
@@ -16,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hydra_kernels.peft.ids import KeepingCheckpoint
 from hydra_kernels.peft.layer import FusedLinear, is_base, is_plain
+from hydra_kernels.peft.reasons import reason_for_pefts_forward, reason_to_leave
+from hydra_kernels.peft.saved_modules import GatedModulesToSave, ModulesToSaveWrapper
 from hydra_kernels.peft.siblings import group_siblings
 
 _log = logging.getLogger("hydra_kernels")
@@ -26,7 +29,7 @@ class Report:
     """Which LoRA layers run fused, and why the others do not.
 
     Attributes:
-        taken: Names of the layers that run fused.
+        taken: Names of the layers that were fused.
         left: The reason for each layer that PEFT's own code runs, by name.
 
     PEFT before 0.19 does not tell :func:`register` and :func:`fused_layers` a layer's name: there
@@ -35,6 +38,18 @@ class Report:
 
     taken: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    _layers: WeakValueDictionary[str, FusedLinear] = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
+
+    @property
+    def waiting(self) -> dict[str, str]:
+        """The reason for each fused layer that, as it is now, runs PEFT's own forward, by name.
+
+        DoRA, biases of lora_B, hooks, ... A layer waits no longer once the reason has gone.
+        """
+        reasons = {name: reason_for_pefts_forward(layer) for name, layer in self._layers.items()}
+        return {name: why for name, why in reasons.items() if why is not None}
 
     def name_of(self, created_with: Mapping[str, Any]) -> str:
         """The name that PEFT gave to the layer which it creates with these arguments."""
@@ -43,21 +58,35 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} LoRA layers fused, {len(self.left)} left to PEFT"]
-        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.left.items()])
+        lines += _by_reason("left", self.left)
+        lines += _by_reason("fused, but PEFT's forward runs", self.waiting)
+        return "\n".join(lines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layers": {}}  # which are another model's after unpickling
+
+    def take(self, name: str, layer: FusedLinear) -> None:
+        self.taken.append(name)
+        self._layers[name] = layer
+
+    def log(self, where: str) -> None:
+        """To the log: as a warning where nothing runs faster, so that it is seen."""
+        if not self.taken and not self.left:
+            _log.warning("no LoRA layer of PEFT %s", where)
+        elif len(self.waiting) == len(self.taken):
+            _log.warning("%s", self)
+        else:
+            _log.info("%s", self)
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
-    """Why PEFT's own code has to run a LoRA layer; None where it can be fused."""
-    if type(module) is not lora.Linear:
-        return f"its class is {type(module).__module__}.{type(module).__qualname__}"
-    base = module.base_layer
-    if not is_base(base):
-        return f"its base layer is {type(base).__module__}.{type(base).__qualname__}"
-    if not is_plain(base._parameters.get("weight")):
-        return f"its base layer's weight is {type(base.weight).__qualname__}"
-    if "forward" in module.__dict__:
-        return "it has a forward of its own, set on the instance"
-    return None
+def _by_reason(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """One line for each reason: a large model has hundreds of layers and few reasons."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    for why, found in names.items():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield f"  {what}: {found[0]}{more}: {why}"
 
 
 def fuse(model: nn.Module) -> Report:
@@ -71,22 +100,25 @@ def fuse(model: nn.Module) -> Report:
         model: A ``PeftModel``, or any module with LoRA layers of PEFT inside.
 
     Returns:
-        Which layers were taken, and why the others were left; logged as well.
+        Which layers were taken, and why the others were left; logged as well, as a warning where
+        no layer runs faster.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fuse: expected a model with LoRA layers, got {type(model).__name__}")
     report = Report()
     for name, module in model.named_modules():
         if isinstance(module, FusedLinear):
-            report.taken.append(name)
+            report.take(name, module)
         elif isinstance(module, LoraLayer):
-            reason = _reason_to_leave(module)
+            reason = reason_to_leave(module)
             if reason is None:
                 module.__class__ = FusedLinear
-                report.taken.append(name)
+                report.take(name, module)
             else:
                 report.left[name] = reason
     group_siblings(model)
     model.__dict__.pop("_hydra_model", None)
-    _log.info("%s", report)
+    report.log(f"in {type(model).__name__}: call fuse after get_peft_model")
     return report
 
 
@@ -95,9 +127,12 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FusedLinear:
             module.__dict__.pop("_current", None)
-            module.__dict__.pop("_model", None)
+            module.__dict__.pop("_usage", None)
             module.__dict__.pop("_group", None)
             module.__class__ = lora.Linear
+        elif type(module) is GatedModulesToSave:
+            module.__dict__.pop("_current", None)
+            module.__class__ = ModulesToSaveWrapper
         module.__dict__.pop("_hydra_model", None)
         run = module.__dict__.get("_gradient_checkpointing_func")
         if type(run) is KeepingCheckpoint:
@@ -107,8 +142,14 @@ def unfuse(model: nn.Module) -> None:
 class _Factory:
     """What PEFT calls for a target of an exact type; None leaves the target to PEFT."""
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
+    def __init__(self, report: Report | None = None) -> None:
+        self.report = Report() if report is None else report
+
+    def __deepcopy__(self, memo: dict) -> _Factory:
+        return self  # a copied config's layers are to be in the report that register gave
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Factory, ()  # a model is saved with its configs
 
     def __call__(
         self,
@@ -144,8 +185,9 @@ class _Factory:
                 f"Setting fan_in_fan_out to {transposed}.",
                 stacklevel=2,
             )
-        self.report.taken.append(name)
-        return FusedLinear(target, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+        layer = FusedLinear(target, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+        self.report.take(name, layer)
+        return layer
 
 
 def register(lora_config: lora.LoraConfig) -> Report:
@@ -176,10 +218,12 @@ def fused_layers() -> Iterator[Report]:
     def create_fused(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         module = create(lora_config, adapter_name, target, **kwargs)
         name = report.name_of(kwargs)
-        reason = _reason_to_leave(module)
+        # One made by a registered config, or by a context around this one, is fused already.
+        reason = None if isinstance(module, FusedLinear) else reason_to_leave(module)
         if reason is None:
-            module.__class__ = FusedLinear
-            report.taken.append(name)
+            if type(module) is lora.Linear:
+                module.__class__ = FusedLinear
+            report.take(name, module)
         else:
             report.left[name] = reason
         return module
@@ -189,4 +233,4 @@ def fused_layers() -> Iterator[Report]:
         yield report
     finally:
         lora.LoraModel._create_new_module = staticmethod(create)
-        _log.info("%s", report)
+        report.log("was created within fused_layers")

@@ -1,12 +1,15 @@
 """Which adapter runs on which row: in training, recomputed, compiled, and in other threads."""
 
+import copy
+import gc
 import sys
 import threading
+import weakref
 from functools import partial
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import BdLoraConfig, LoHaConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
@@ -185,6 +188,129 @@ def test_contexts_nest_and_end_by_an_exception():
 def test_refusals_at_entry(ids, message):
     with pytest.raises(ValueError, match=message):
         adapter_ids(make_fused(), ids)
+
+
+def test_names_stand_for_ids():
+    model = make_fused()
+    tokens = make_tokens()
+    for names, ids in (
+        ("two", 1),
+        ("__base__", -1),
+        (["two", "__base__", "one"], torch.tensor([1, -1, 0])),
+        ((0, "two", -1), torch.tensor([0, 1, -1])),
+    ):
+        with adapter_ids(model, ids):
+            expected = model(tokens).logits
+        with adapter_ids(model, names):
+            assert torch.equal(model(tokens).logits, expected)
+    for names in ("three", ["one", "three", "one"]):
+        with pytest.raises(ValueError, match=r"no adapter is called 'three' \(adapters: one, two"):
+            adapter_ids(model, names)
+    with pytest.raises(TypeError, match="integer"):
+        adapter_ids(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"trainable_token_indices": [1, 2]}, r"embed_tokens \(TrainableTokensWrapper"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, r"embed_tokens \(Embedding"),
+        ({"target_parameters": ["layers.0.mlp.down_proj.weight"]}, r"down_proj \(ParamWrapper"),
+    ],
+    ids=str,
+)
+def test_refuses_what_would_run_the_active_adapter_whatever_the_ids(config, what):
+    model = make_model("llama", NAMES[:1], **{"target_modules": ["q_proj"], **config})
+    hydra_peft.fuse(model)
+    with pytest.raises(ValueError, match=what):
+        adapter_ids(model, 0)
+
+
+def test_refuses_another_method_beside_lora():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(llama_config())
+    model = get_peft_model(base, make_config(target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("other", LoHaConfig(target_modules=["v_proj"], r=2))
+    hydra_peft.fuse(model)
+    with pytest.raises(ValueError, match="v_proj"):
+        adapter_ids(model, 0)
+
+
+def test_variants_that_change_their_input_in_place():
+    """BD-LoRA adds to what it is given: other rows' must stay."""
+    blocks = BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=[], nblocks=2)
+    model = make_fused(target_modules=["q_proj"], use_bdlora=blocks, r=4)
+    model.eval()
+    stock = copy.deepcopy(model)
+    hydra_peft.unfuse(stock)
+    tokens = make_tokens()
+    ids = [0, -1, 1]
+    with adapter_ids(model, torch.tensor(ids)):
+        mixed = model(tokens).logits
+    expected = by_pefts_adapters(stock, tokens, ids)
+    assert not torch.allclose(expected[0], expected[1])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_alora_is_refused_by_name_and_the_others_are_not():
+    model = make_model("llama", NAMES[:1])
+    model.add_adapter("two", make_config(alora_invocation_tokens=[3, 4]))
+    hydra_peft.fuse(model)
+    tokens = make_tokens()
+    for ids in (0, -1):
+        with adapter_ids(model, ids):
+            model(tokens)
+    for ids in (1, torch.tensor([0, 1, -1])):
+        with pytest.raises(ValueError, match="two is an aLoRA"), adapter_ids(model, ids):
+            model(tokens)
+
+
+def test_ids_keep_no_deleted_model():
+    model = make_fused()
+    model.gradient_checkpointing_enable()
+    with adapter_ids(model, torch.tensor([0, 1, -1])):
+        model(make_tokens())
+    layer = weakref.ref(next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear)))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_moved_has_its_ids_there():
+    model = make_fused()
+    with adapter_ids(model, 1):
+        pass
+    with adapter_ids(model.to("meta"), 1):
+        layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+        assert layer._current.ids.device.type == "meta"
+    assert adapter_ids(model, ["one"])._ids.device.type == "meta"
+
+
+def test_replicas_of_dataparallel_are_refused_ids():
+    model = make_fused()
+    layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+    x = torch.randn(2, layer.in_features)
+    expected = layer(x)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"), adapter_ids(model, 1):
+        layer._replicate_for_data_parallel()
+    # As torch's replicate does: parameters become attributes.
+    modules = {
+        name: module._replicate_for_data_parallel() for name, module in layer.named_modules()
+    }
+    replica = modules[""]
+    for name, module in layer.named_modules():
+        for key in module._modules:
+            modules[name]._modules[key] = modules[f"{name}.{key}".lstrip(".")]
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                modules[name]._parameters[key] = None
+            else:
+                setattr(modules[name], key, parameter.detach().clone())
+    torch.testing.assert_close(replica(x), expected)
 
 
 @pytest.mark.parametrize("ids", [[0, 2, 1], [0, 1]], ids=str)

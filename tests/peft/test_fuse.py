@@ -90,7 +90,9 @@ def test_unfuse_gives_pefts_class_back():
     hydra_peft.unfuse(model)
     assert {n: type(m) for n, m in model.named_modules()} == layers
     assert not any(
-        key in vars(m) for m in model.modules() for key in ("_current", "_model", "_hydra_model")
+        key in vars(m)
+        for m in model.modules()
+        for key in ("_current", "_usage", "_group", "_hydra_model")
     )
 
 
