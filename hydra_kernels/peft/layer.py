@@ -104,7 +104,7 @@ class FusedLinear(lora.Linear):
         modules = self._modules
         weight = base._parameters.get("weight")
         if (
-            type(base) not in BASES
+            (type(base) not in BASES and not is_base(base))
             or not is_bare(base)
             or not (is_plain(weight) and is_plain(x))
             or _has_any_global_hook()

@@ -33,6 +33,8 @@ def reason_for_pefts_forward(layer: FusedLinear) -> str | None:
     if layer.merged:
         return "its adapters are merged"
     base = layer.base_layer
+    if not is_base(base):
+        return f"its base layer is {_class(base)}"
     if not is_plain(base._parameters.get("weight")):
         return f"its base layer's weight is {type(base.weight).__qualname__}"
     if not is_bare(base):

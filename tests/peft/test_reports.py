@@ -49,6 +49,11 @@ WAITING = {  # change of a model: what its report says
     "disabled": ({}, lambda model: model.base_model.disable_adapter_layers(), "disabled"),
     "merged": ({}, lambda model: model.merge_adapter(), "merged"),
     "inactive": ({}, of_each(lambda layer: layer.set_adapter([])), "none of its adapters is"),
+    "base class": (
+        {},
+        of_each(lambda layer: layer.base_layer.__setattr__("__class__", Other)),
+        "its base layer is .*Other",
+    ),
     "base hook": (
         {},
         of_each(lambda layer: layer.base_layer.register_forward_hook(lambda *_: None)),
