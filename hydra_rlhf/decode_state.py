@@ -77,7 +77,7 @@ class Buffers(Cache):
 
 @dataclass
 class State:
-    """What a step reads and writes. B rows, T response tokens, L = P + T slots."""
+    """What a step reads and writes. B rows, T response tokens, L slots, P + T or a few more."""
 
     cache: Buffers
     mask: Tensor  # (B, L) added to attention scores: 0 or the dtype's lowest
@@ -138,17 +138,17 @@ class State:
 def new_state(
     like: list[tuple[Tensor, Tensor]],  # keys and values of each layer's prefill
     batch: int,
-    prompt: int,
+    slots: int,
     tokens: int,
     *,
     window: bool,
     values: bool,
     dtype: torch.dtype,
-    prefix: int = 0,
+    prefix: Tensor | None = None,
 ) -> State:
-    """Zeroed buffers for ``batch`` rows of ``prompt`` and ``tokens`` slots.
+    """Zeroed buffers for ``batch`` rows of ``slots``, of which ``tokens`` may be a response's.
 
-    ``prefix`` is the width of the activations to keep, 0 for none.
+    ``dtype`` is that of masks; ``prefix`` is like the activations to keep, None for none.
     """
     device = like[0][0].device
 
@@ -156,9 +156,9 @@ def new_state(
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return State(
-        cache=Buffers(like, batch, prompt + tokens),
-        mask=zeros(batch, prompt + tokens, dtype=dtype),
-        near=zeros(batch, prompt + tokens, dtype=dtype) if window else None,
+        cache=Buffers(like, batch, slots),
+        mask=zeros(batch, slots, dtype=dtype),
+        near=zeros(batch, slots, dtype=dtype) if window else None,
         token=zeros(batch, 1, dtype=torch.long),
         position=zeros(batch, 1, dtype=torch.long),
         column=zeros(batch, 1, dtype=torch.long),
@@ -168,5 +168,5 @@ def new_state(
         logprobs=zeros(batch, tokens, dtype=torch.float32),
         sampled_logprobs=zeros(batch, tokens, dtype=torch.float32),
         values=zeros(batch, tokens, dtype=torch.float32) if values else None,
-        prefix=zeros(batch, prompt + tokens, prefix, dtype=dtype) if prefix else None,
+        prefix=None if prefix is None else prefix.new_zeros(batch, slots, prefix.shape[-1]),
     )

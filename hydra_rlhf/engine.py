@@ -73,6 +73,7 @@ class RolloutEngine(Engine):
         self._key: tuple | None = None
         self._state: State | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None  # of memory, for all graphs: one runs at a time, and keeps nothing
         self.replay = model.device.type == "cpu" if replay is None else replay
         self._replays: dict[int, _Step] = {}  # by adapter id
         self._entering = Entering(model, False)
@@ -135,6 +136,7 @@ class RolloutEngine(Engine):
 
     def _forget(self) -> None:
         self._key, self._state, self._graphs, self._replays = None, None, {}, {}
+        self._pool = None
 
     @torch.no_grad()
     def generate(
@@ -178,9 +180,12 @@ class RolloutEngine(Engine):
         self._entering = Entering(model, keep_prefix)
         with model.no_dropout(), self._adapters(adapter), self._entering:
             out = self._run(input_ids, attention_mask, sampling, uniforms, values, adapter)
-        width = input_ids.shape[1] + sampling.response_length  # of prompts as they were given
-        kept = out.pop("prefix", None)
-        prefix = None if kept is None else self._entering.prefix(kept[:, -width:])
+        prefix = None
+        if "prefix" in out:
+            # Of prompts as they were given, without what they were widened by.
+            given = slice(self._widened(input_ids), None)
+            kept = out.pop("prefix")[:, given][:, : input_ids.shape[1] + sampling.response_length]
+            prefix = self._entering.prefix(kept)
         return finish(out, sampling, prefix)
 
     def _adapters(self, adapter: int) -> contextlib.AbstractContextManager:
@@ -203,9 +208,7 @@ class RolloutEngine(Engine):
     ) -> dict[str, Tensor]:
         N, T = len(input_ids), sampling.response_length
         B = min(N, self.batch_size or N)
-        # On a GPU prompts are widened to a bucket, so that batches of several widths share graphs.
-        if self.graph:
-            input_ids, attention_mask = _widen(input_ids, attention_mask, self.bucket)
+        input_ids, attention_mask = _widen(input_ids, attention_mask, self._widened(input_ids))
         P = input_ids.shape[1]
         inputs = (input_ids, attention_mask, sampling, uniforms, values)
         owner: list[int | None] = list(range(B))  # the prompt that each row answers
@@ -241,11 +244,16 @@ class RolloutEngine(Engine):
                 continue
             seen = P + max(min(count, T - 1) for count in busy)  # the last token's slot included
             if step is None:
-                self._step(min(-(-seen // self.bucket) * self.bucket, P + T), sampling)
+                most = state.mask.shape[1]
+                self._step(min(-(-seen // self.bucket) * self.bucket, most), sampling)
             else:
                 step()
             drawn = [count + 1 for count in drawn]
             since += 1
+
+    def _widened(self, input_ids: Tensor) -> int:
+        """Columns more than prompts have: to a bucket where batches of all widths share graphs."""
+        return -input_ids.shape[1] % self.bucket if self.graph else 0
 
     def _fill(
         self,
@@ -298,7 +306,9 @@ class RolloutEngine(Engine):
     def _new_state(self, like: Any, B: int, P: int, sampling: Sampling, values: bool) -> State:
         """Buffers of this size, those of the last call where they fit."""
         T = sampling.response_length
-        window = self._window is not None and self._window < P + T
+        # CUDA's attention copies masks, once a layer, whose rows do not begin at 16 bytes.
+        slots = -(-(P + T) // 8) * 8 if self.graph else P + T
+        window = self._window is not None and self._window < slots
         key = (B, P, T, sampling, values, self._entering.on, self._dtype, fingerprint(self.model))
         if self._key == key and self._state is not None:
             self._state.restore()
@@ -308,12 +318,12 @@ class RolloutEngine(Engine):
         self._state = new_state(
             like,
             B,
-            P,
+            slots,
             T,
             window=window,
             values=values,
             dtype=self._dtype,
-            prefix=self._entering.width,
+            prefix=self._entering.like,
         )
         return self._state
 
@@ -345,18 +355,25 @@ class RolloutEngine(Engine):
         self._graphs[seen].replay()
 
     def _capture(self, state: State, seen: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Warming up runs it, so the state is put back after."""
+        """The step as a graph. Warming up runs it, so the state is put back after.
+
+        Keys, values and activations that it has written need not be: the same tokens come again.
+        """
         kept = {name: buffer.clone() for name, buffer in state.changing().items()}
         slot = state.cache.slot.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        with torch.cuda.device(state.token.device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._token(state, seen, sampling)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Of this thread alone: a data loader that pins memory meanwhile is nobody's error.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._token(state, seen, sampling)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._token(state, seen, sampling)
         for name, buffer in state.changing().items():
             buffer.copy_(kept[name])
         state.cache.slot.copy_(slot)
@@ -440,6 +457,10 @@ class RolloutEngine(Engine):
 
     @property
     def _dtype(self) -> torch.dtype:
+        """Of attention: the lowest number of a wider one would be -inf there, rows of it NaN."""
+        device = self.model.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
         return self.model.causal_lm.dtype
 
 
@@ -483,8 +504,7 @@ def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device)
     return torch.stack(rows).to(device)
 
 
-def _widen(ids: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    missing = -ids.shape[1] % multiple
+def _widen(ids: Tensor, mask: Tensor, missing: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.nn.functional.pad(t, (missing, 0)) for t in (ids, mask))  # type: ignore
 
 

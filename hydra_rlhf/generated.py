@@ -111,9 +111,9 @@ class Entering:
         self._as_tuple = isinstance(out, tuple)
 
     @property
-    def width(self) -> int:
-        """D of the last prompts' pass; 0 where nothing is kept."""
-        return 0 if self._hidden is None else self._hidden.shape[-1]
+    def like(self) -> Tensor | None:
+        """What the last prompts' pass left, (B, P, D); None where nothing is kept."""
+        return self._hidden
 
     def taken(self) -> Tensor:
         """(B, P, D) of the last prompts' pass, once."""

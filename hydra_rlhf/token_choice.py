@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ def filter_logprobs(logprobs: Tensor, column: Tensor, sampling: Sampling) -> Ten
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
     if sampling.min_p > 0.0:
-        least = scores.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log().item()
+        least = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
         scores = scores.masked_fill(scores < least, -torch.inf)
     return scores if scores is logprobs else torch.log_softmax(scores, dim=-1)
 
