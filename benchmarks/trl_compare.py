@@ -1,13 +1,15 @@
-"""Ours and TRL's PPOTrainer on the same work, steps taken in turn.
+"""Ours, TRL's PPOTrainer and LLaMA-Factory's on the same work, steps taken in turn.
 
     python benchmarks/trl_compare.py --trl-python VENV/bin/python --trl011-python OLD/bin/python \\
-        --json OUT.jsonl
+        --llamafactory-python LF/bin/python --json OUT.jsonl
 
-Each side is a process with its own Python, TRL's in environments of their own: 1.12 is the last
-release with a PPOTrainer (needs the transformers of the day), 0.11.4 the last with the older one
-(ran with transformers 4.46.3, peft 0.13.2). A process builds its models, takes one step that does
-not count, and then one step each time it is told, so that drift and other load fall on all. Memory
-is the peak of its resident set over its resident set after the imports.
+Each side is a process with its own Python, the others in environments of their own: TRL 1.12 is the
+last release with a PPOTrainer (needs the transformers of the day), 0.11.4 the last with the older
+one (ran with transformers 4.46.3, peft 0.13.2), and LLaMA-Factory 0.9.3 the last that installs the
+TRL (0.9.6) its PPO is made of (ran with transformers 4.51.3, peft 0.15.2). A process builds its
+models, takes one step that does not count, and then one step each time it is told, so that drift
+and other load fall on all. Memory is the peak of its resident set over its resident set after the
+imports.
 
 The work: a Llama of 6 layers and width 256 with random weights, 16 prompts of 32 tokens, 64 tokens
 of response, rank 16 on all seven projections, 2 PPO epochs of 1 minibatch, float32, no
@@ -15,6 +17,9 @@ checkpointing. Ours is hydra-ppo with the learned reward head and a critic adapt
 policy has the same adapter. 1.12's value model is a second Llama that it trains in full, and its
 reward model a third. 0.11.4 has a value head on the policy's own trunk, so one pass gives both, its
 reference is the policy with the adapter off, and the reward model is a second Llama outside it.
+LLaMA-Factory does the same with a reward model that is a second adapter of the one Llama
+(reward_model_type lora), so like ours it holds one language model; it cannot force a length, and a
+row that samples the end of text (1 token of 8192) is a little shorter.
 """
 
 from __future__ import annotations
@@ -206,6 +211,80 @@ def trl_0_11(steps: int) -> None:
         turns.step_done()
 
 
+def llamafactory(steps: int) -> None:
+    import tempfile
+
+    import peft
+    import safetensors.torch
+    import tokenizers
+    import torch
+    import transformers
+    from llamafactory.train.tuner import run_exp
+
+    class Each(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            turns.step_done()
+
+    turns = Turns(memory_kib()["VmRSS"])
+    # Its interface is files: the base model, the reward adapter with its head, and the prompts.
+    folder = Path(tempfile.mkdtemp())
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    base.save_pretrained(folder / "base")
+    word_tokenizer(tokenizers, transformers).save_pretrained(folder / "base")
+    lora = peft.LoraConfig(
+        r=R, lora_alpha=R, target_modules=PROJECTIONS, task_type=peft.TaskType.CAUSAL_LM
+    )
+    peft.get_peft_model(base, lora).save_pretrained(folder / "reward")
+    head = {"v_head.summary.weight": torch.randn(1, 256), "v_head.summary.bias": torch.zeros(1)}
+    safetensors.torch.save_file(head, folder / "reward" / "value_head.safetensors")
+    rows = [
+        {"instruction": " ".join(f"w{i}" for i in row), "input": "", "output": "w2"}
+        for row in prompts()
+    ]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"prompts": {"file_name": "prompts.json"}})
+    )
+    del base, head
+    run_exp(
+        dict(
+            stage="ppo",
+            do_train=True,
+            model_name_or_path=str(folder / "base"),
+            reward_model=str(folder / "reward"),
+            reward_model_type="lora",
+            finetuning_type="lora",
+            lora_target="all",
+            lora_rank=R,
+            lora_alpha=R,
+            dataset="prompts",
+            dataset_dir=str(folder),
+            template="empty",
+            cutoff_len=2 * P,  # it keeps some for an answer
+            preprocessing_num_workers=1,
+            dataloader_num_workers=0,
+            output_dir=str(folder / "out"),
+            per_device_train_batch_size=B,
+            gradient_accumulation_steps=1,
+            ppo_epochs=EPOCHS,
+            ppo_buffer_size=1,
+            max_steps=steps,
+            max_new_tokens=T,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            learning_rate=1e-5,
+            disable_gradient_checkpointing=True,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1000,
+        ),
+        callbacks=[Each()],
+    )
+
+
 def word_tokenizer(tokenizers: Any, transformers: Any) -> Any:
     vocab = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w2"))
@@ -215,7 +294,12 @@ def word_tokenizer(tokenizers: Any, transformers: Any) -> Any:
     )
 
 
-WORKERS: dict[str, Callable[[int], None]] = {"ours": ours, "trl": trl, "trl011": trl_0_11}
+WORKERS: dict[str, Callable[[int], None]] = {
+    "ours": ours,
+    "trl": trl,
+    "trl011": trl_0_11,
+    "llamafactory": llamafactory,
+}
 
 
 class Side:
@@ -264,6 +348,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--trl-python", help="Python of an environment with trl==1.12.0")
     parser.add_argument("--trl011-python", help="Python of an environment with trl==0.11.4")
+    parser.add_argument("--llamafactory-python", help="and one with llamafactory==0.9.3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="append the records, one a line")
@@ -271,14 +356,19 @@ def main() -> None:
     if args.worker:
         WORKERS[args.worker](args.steps)
         return
-    pythons = {"ours": sys.executable, "trl": args.trl_python, "trl011": args.trl011_python}
+    pythons = {
+        "ours": sys.executable,
+        "trl": args.trl_python,
+        "trl011": args.trl011_python,
+        "llamafactory": args.llamafactory_python,
+    }
     sides = [
         Side(name, python, args.rounds + 1, args.threads)
         for name, python in pythons.items()
         if python
     ]
     if len(sides) < 2:
-        parser.error("give --trl-python, --trl011-python or both")
+        parser.error("give --trl-python, --trl011-python, --llamafactory-python or several of them")
     for side in sides:
         side.answer()  # the first step does not count
     for _ in range(args.rounds):
@@ -308,7 +398,7 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
         record = Record.of(
             "trl_compare",
             "step",
-            "hydra-ppo" if side is ours else f"trl {version_of(side.python)}",
+            "hydra-ppo" if side is ours else version_of(side),
             shape,
             torch.float32,
             "cpu",
@@ -330,10 +420,11 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
                 out.write(record_line(record) + "\n")
 
 
-def version_of(python: str) -> str:
-    ask = "import trl; print(trl.__version__)"
-    found = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+def version_of(side: Side) -> str:
+    package = "llamafactory" if side.name == "llamafactory" else "trl"
+    ask = f"import importlib.metadata as m; print(m.version({package!r}))"
+    found = subprocess.run([side.python, "-c", ask], capture_output=True, text=True, check=True)
+    return f"{package} {found.stdout.strip()}"
 
 
 def record_line(record: Any) -> str:
