@@ -172,7 +172,10 @@ class PPOConfig(LoraSettings):
         None, "Replaces the score of such a response instead. [RLHF has -1]"
     )
     apply_chat_template: bool = _field(
-        False, "Wrap text prompts in the tokenizer's chat template, as one user turn. [ours]"
+        False,
+        "Wrap text prompts in the tokenizer's chat template, as one user turn, and for a sequence "
+        "classifier prompt and response in that of its own. Conversational data is wrapped anyway. "
+        "[ours]",
     )
     rollout_logprobs: str = _field(
         "recompute",

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,19 +14,11 @@ import peft
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
-
-_TRL_HEAD = "v_head.summary."
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
+from hydra_rlhf.pretrained import TRL_HEAD, trl_value_head
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
@@ -110,8 +101,9 @@ def export_classifier(model: str | Path, out: str | Path) -> Path:
 def import_value_head(path: str | Path) -> nn.Linear:
     """The value head of a TRL ``AutoModelForCausalLMWithValueHead`` checkpoint.
 
-    TRL keeps it as ``v_head.summary.weight`` and ``.bias`` among the model's weights. Pickled
-    checkpoints are read with ``weights_only``.
+    TRL keeps it as ``v_head.summary.weight`` and ``.bias`` among the model's weights, where
+    ``HydraModel.from_pretrained`` finds it by itself. Pickled checkpoints are read with
+    ``weights_only``.
 
     Returns:
         A float32 linear (D -> 1), with TRL's bias where there is one.
@@ -119,43 +111,10 @@ def import_value_head(path: str | Path) -> nn.Linear:
     Raises:
         UserError: no weights, or no such head among them.
     """
-    state: dict[str, Tensor] = {}
-    files = _weight_files(Path(path))
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                found = load_file(file)
-            else:
-                found = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch.load raises anything for a broken file
-            raise UserError(f"cannot read {file}: {first_line(e)}") from e
-        state |= {k: v for k, v in found.items() if _TRL_HEAD in k}
-    if not state:
-        raise UserError(f"{path} has no value head ({_TRL_HEAD}*) in it")
-    tensors = {name.split(_TRL_HEAD)[1]: value.float() for name, value in state.items()}
-    weight = tensors.get("weight")
-    if weight is None or weight.dim() != 2 or weight.shape[0] != 1:
-        raise UserError(f"{path}: {_TRL_HEAD}weight is not a (1, D) matrix")
-    head = nn.Linear(weight.shape[1], 1, bias="bias" in tensors)
-    head.load_state_dict(tensors)
+    head = trl_value_head(Path(path))
+    if head is None:
+        raise UserError(f"{path} has no value head ({TRL_HEAD}*) in its weights")
     return head
-
-
-def _weight_files(path: Path) -> list[Path]:
-    for name in _WEIGHT_FILES:
-        file = path / name
-        if not file.is_file():
-            continue
-        if file.suffix != ".json":
-            return [file]
-        try:
-            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f"cannot read {file}: {first_line(e)}") from e
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{file} names files outside its folder")
-        return [path / name for name in names]
-    raise UserError(f"{path} has no model weights ({', '.join(_WEIGHT_FILES[:2])})")
 
 
 def _empty_folder(path: str | Path) -> Path:

@@ -343,7 +343,10 @@ def models_of(
         reward_fn = load_reward_fn(config.reward_fn)
     elif reward_path is not None and is_classifier(reward_path):
         reward_fn = ClassifierReward(
-            reward_path, device=device or "cpu", batch_size=config.per_device_train_batch_size
+            reward_path,
+            device=device or "cpu",
+            batch_size=config.per_device_train_batch_size,
+            apply_chat_template=config.apply_chat_template,
         )
         reward_path = None
     models = build_method(

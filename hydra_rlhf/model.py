@@ -39,6 +39,7 @@ from hydra_rlhf.pretrained import (
     head_width,
     load_causal_lm,
     load_head,
+    load_heads,
     new_head,
     save_head,
     whole,
@@ -424,6 +425,8 @@ class HydraModel(nn.Module):
     ) -> HydraModel:
         """Loads a Hugging Face model, and the heads that lie beside it.
 
+        A checkpoint of TRL's ``AutoModelForCausalLMWithValueHead`` brings its value head along.
+
         Args:
             path: Folder or hub name for ``AutoModelForCausalLM``.
             adapters: New adapters to put on it; see the class.
@@ -439,11 +442,7 @@ class HydraModel(nn.Module):
         causal_lm = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
         if device is not None:
             causal_lm.to(device)
-        width = head_width(causal_lm)
-        heads = {
-            name: load_head(Path(path) / file, width, next(causal_lm.parameters()).device)
-            for name, file in (("reward_head", REWARD_HEAD), ("value_head", VALUE_HEAD))
-        }
+        heads = load_heads(path, head_width(causal_lm), next(causal_lm.parameters()).device)
         return cls(
             causal_lm,
             adapters=adapters,

@@ -65,9 +65,14 @@ class PairBatch(NamedTuple):
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, with whatever the tokenizer puts in front and nothing behind."""
-    encoded = tokenizer(list(prompts))["input_ids"]
-    eos = tokenizer.eos_token_id
+    """Token ids of each prompt, with whatever the tokenizer puts in front and nothing behind.
+
+    A prompt that has BOS written out, as a chat template leaves it, gets no second one.
+    """
+    bos, eos = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    encoded = [
+        ids[1:] if ids[:2] == [bos, bos] else ids for ids in tokenizer(list(prompts))["input_ids"]
+    ]
     return [ids[:-1] if ids and ids[-1] == eos and len(ids) > 1 else ids for ids in encoded]
 
 

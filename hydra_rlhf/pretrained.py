@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import patch_environment
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import cached_file
 
 from hydra_rlhf import hub
 from hydra_rlhf.errors import UserError, first_line
 
 REWARD_HEAD = "reward_head.safetensors"
 VALUE_HEAD = "value_head.safetensors"
+TRL_HEAD = "v_head.summary."
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 
 
 def load_causal_lm(
@@ -46,6 +55,46 @@ def new_head(width: int, device: torch.device) -> nn.Linear:
     return head
 
 
+def load_heads(path: str | Path, width: int, device: torch.device) -> dict[str, nn.Linear | None]:
+    """``reward_head`` and ``value_head`` of a checkpoint, None for one that it does not have.
+
+    A value head is also taken from a TRL checkpoint, which has it among the model's weights.
+
+    Args:
+        path: Folder or hub name.
+        width: D that the heads must have.
+        device: Where to.
+
+    Raises:
+        UserError: a head cannot be read, or is of another width.
+    """
+    heads = {
+        name: load_head(_local_file(path, file), width, device)
+        for name, file in (("reward_head", REWARD_HEAD), ("value_head", VALUE_HEAD))
+    }
+    if heads["value_head"] is None and Path(path).is_dir():
+        head = trl_value_head(Path(path))
+        if head is not None and head.in_features != width:
+            raise UserError(f"{path}: its value head is {head.in_features} wide, not {width}")
+        heads["value_head"] = None if head is None else head.to(device)
+    return heads
+
+
+def _local_file(path: str | Path, name: str) -> Path:
+    """A file of a folder, or of a hub name's once it is fetched; it may not exist."""
+    if not Path(path).is_dir():
+        # The model itself was just loaded from there: what cannot be had is not there.
+        found = cached_file(
+            str(path),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            return Path(found)
+    return Path(path) / name
+
+
 def load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
     if not file.is_file():
         return None
@@ -62,6 +111,56 @@ def load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
     except RuntimeError as e:
         raise UserError(f"cannot read a head from {file}: {first_line(e)}") from e
     return head
+
+
+def trl_value_head(path: Path) -> nn.Linear | None:
+    """The value head that TRL's ``AutoModelForCausalLMWithValueHead`` keeps among the weights.
+
+    Returns:
+        A float32 linear (D -> 1) on the CPU; None where there is no such head.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as weights:
+                    found = {n: weights.get_tensor(n) for n in weights.keys() if TRL_HEAD in n}
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                found = {name: value.clone() for name, value in state.items() if TRL_HEAD in name}
+        except Exception as e:  # torch.load raises anything for a broken file
+            raise UserError(f"cannot read {file}: {first_line(e)}") from e
+        tensors |= {name.split(TRL_HEAD)[1]: value.float() for name, value in found.items()}
+    if not tensors:
+        return None
+    weight = tensors.get("weight")
+    if weight is None or weight.dim() != 2 or weight.shape[0] != 1:
+        raise UserError(f"{path}: {TRL_HEAD}weight is not a (1, D) matrix")
+    head = nn.Linear(weight.shape[1], 1, bias="bias" in tensors)
+    head.load_state_dict(tensors)
+    return head
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that may hold a value head: of shards those that the index names for it."""
+    for name in _WEIGHT_FILES:
+        file = path / name
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return [file]
+        try:
+            shards = json.loads(file.read_text())["weight_map"].items()
+            names = sorted({shard for tensor, shard in shards if TRL_HEAD in tensor})
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"cannot read {file}: {first_line(e)}") from e
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{file} names files outside its folder")
+        return [path / name for name in names]
+    return []
 
 
 def save_head(head: nn.Linear, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hydra_rlhf import hub
 from hydra_rlhf.errors import UserError
+
+_log = logging.getLogger("hydra_rlhf")
 
 # f(prompts=..., completions=..., **columns) -> one number each, as TRL's reward functions.
 RewardFn = Callable[..., Sequence[float]]
@@ -90,13 +93,17 @@ class ClassifierReward:
     """A Hugging Face sequence classifier as a reward function, with a tokenizer of its own.
 
     The score is the first logit of a one-label head, and the log-odds of the last label against
-    the first of a two-label one. Prompt and response are joined as text.
+    the first of a two-label one. Prompt and response are joined as text; where the data has the
+    prompt's messages (column ``prompt_messages``) or ``apply_chat_template`` asks for it, they are
+    turns of this tokenizer's own chat template. What is longer than the model's context loses its
+    beginning, and a warning says so once.
 
     Args:
         path: Folder or hub name for ``AutoModelForSequenceClassification``.
         device: Where to.
         batch_size: Texts in one pass.
         tokenizer: In place of the one that lies beside the model.
+        apply_chat_template: Take a text prompt as one user turn; needs a template.
 
     Raises:
         UserError: it cannot be loaded.
@@ -111,6 +118,7 @@ class ClassifierReward:
         device: torch.device | str = "cpu",
         batch_size: int = 16,
         tokenizer: Any = None,
+        apply_chat_template: bool = False,
     ):
         with hub.loading("a reward model", path, SafetensorError):
             self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(
@@ -126,23 +134,55 @@ class ClassifierReward:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.eval().requires_grad_(False).to(device)
         self.batch_size = batch_size
+        self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if apply_chat_template and not self.has_template:
+            raise UserError(f"apply_chat_template: the tokenizer of {path} has no chat template")
+        self.apply_chat_template = apply_chat_template
+        # The classifier gives no positions: padding on the left would shift them.
+        self.tokenizer.padding_side = "right"
+        # The end of a response is what is judged.
+        self.tokenizer.truncation_side = "left"
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(context or 10**9, self.tokenizer.model_max_length)
+        self._said = False
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
         # Alone in its row where padding could hide the end of a text from the model.
         ambiguous = self.tokenizer.pad_token_id == self.tokenizer.eos_token_id
         size = 1 if ambiguous else self.batch_size
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        messages = columns.get("prompt_messages") or [None] * len(prompts)
+        encoded = [self._encode(*row) for row in zip(prompts, completions, messages, strict=True)]
         scores: list[float] = []
-        for start in range(0, len(texts), size):
-            batch = self.tokenizer(
-                texts[start : start + size], return_tensors="pt", padding=True, truncation=True
+        for start in range(0, len(encoded), size):
+            batch = self.tokenizer.pad(
+                {"input_ids": encoded[start : start + size]}, return_tensors="pt"
             ).to(self.model.device)
-            batch.pop("token_type_ids", None)
             logits = self.model(**batch).logits.float()
             score = logits[:, 0] if logits.shape[1] == 1 else logits[:, -1] - logits[:, 0]
             scores += score.tolist()
         return scores
+
+    def _encode(self, prompt: str, completion: str, messages: list[dict] | None) -> list[int]:
+        text, special = prompt + completion, True
+        if self.has_template and (messages or self.apply_chat_template):
+            messages = messages or [{"role": "user", "content": prompt}]
+            answer = {"role": "assistant", "content": completion}
+            text = self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+            special = False  # the template wrote them out
+        ids = self.tokenizer.encode(text, add_special_tokens=special)
+        if len(ids) <= self.max_length:
+            return ids
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "the reward model's context is %d tokens and a text has %d: it loses its beginning",
+                self.max_length,
+                len(ids),
+            )
+        return self.tokenizer.encode(
+            text, add_special_tokens=special, truncation=True, max_length=self.max_length
+        )
 
 
 class RunningMoments:

@@ -220,12 +220,15 @@ def encode_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, P), padded on the left.
 
+    A prompt that has BOS written out, as a chat template leaves it, gets no second one.
+
     Raises:
         UserError: a prompt is empty after tokenisation, or longer than ``max_length`` tokens
             (PromptTooLong), or there is no chat template to apply.
     """
     if apply_chat_template and tokenizer.chat_template is None:
         raise UserError("apply_chat_template: this tokenizer has no chat template")
+    bos = getattr(tokenizer, "bos_token_id", None)
     encoded = []
     for i, prompt in enumerate(prompts):
         if apply_chat_template:
@@ -234,6 +237,8 @@ def encode_prompts(
             ids = tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = tokenizer.encode(prompt)
+            if ids[:2] == [bos, bos]:
+                ids = ids[1:]
             # Some tokenizers close every text with EOS; a prompt goes on.
             if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]

@@ -91,6 +91,11 @@ def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
     models, reward_fn = models_of(
         config, device=accelerator.device, sharded=sharding.is_asked_for(accelerator)
     )
+    if config.apply_chat_template and any("prompt_messages" in p.extra for p in prompts):
+        raise UserError(
+            f"apply_chat_template is for text prompts; {given.prompts} has messages, which the "
+            "chat template has made into text already"
+        )
     check_prompts(config, models, tokenizer, [prompt.prompt for prompt in prompts])
     run_dir = open_shared_run_dir(accelerator, output)
     settings = {"input": given, "ppo": config, "output": output}

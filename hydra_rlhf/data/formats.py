@@ -88,8 +88,9 @@ def _prompt_completion(values: Values, dialogue: Dialogue) -> Iterator[Demonstra
 def _prompt_only(values: Values, dialogue: Dialogue) -> Iterator[Prompt]:
     extra = extra_of(values, "prompt")
     if isinstance(values["prompt"], list):
-        prompt, _ = dialogue.render(messages_of(values["prompt"], "prompt"), [])
-        yield Prompt(prompt, extra)
+        messages = messages_of(values["prompt"], "prompt")
+        prompt, _ = dialogue.render(messages, [])
+        yield Prompt(prompt, {**extra, "prompt_messages": messages})
     else:
         yield Prompt(text(values, "prompt"), extra)
 

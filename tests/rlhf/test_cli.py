@@ -325,6 +325,25 @@ def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
     assert "p.jsonl: no prompts in it" in fails(capsys, *argv("b", "--overlong", "drop"))
 
 
+def test_messages_are_not_wrapped_twice(tmp_path, model, capsys):
+    start = with_reward_head(model, tmp_path / "start")
+    tokenizer = load_tokenizer(start)
+    argv = ["ppo", "--sft-model-path", start, "--prompts", tmp_path / "p.jsonl"]
+    argv += ["--output-dir", tmp_path / "run", "--response-length", "4", "--max-steps", "1"]
+    argv += ["--per-device-train-batch-size", "2", "--apply-chat-template"]
+    capsys.readouterr()
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "The rain."}))
+    assert "tokenizer has no chat template" in fails(capsys, *argv)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(start)
+    messages = [{"role": "user", "content": "The rain."}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": messages}))
+    capsys.readouterr()
+    assert "apply_chat_template is for text prompts" in fails(capsys, *argv)
+    assert not (tmp_path / "run").exists()
+    assert cli.main([str(a) for a in argv[:-1]]) == 0
+
+
 class Around:
     """A tokenizer of words that puts a token in front of a text."""
 

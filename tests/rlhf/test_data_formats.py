@@ -93,7 +93,8 @@ def test_messages_and_prompt_lists(write, tokenizer):
     for row in ({"messages": [USER, GOOD]}, {"prompt": [USER], "completion": [GOOD]}):
         assert load_sft(write(row), tokenizer=tokenizer) == [demonstration]
     path = write({"prompt": [USER]})
-    assert load_prompts(path, tokenizer=tokenizer) == [Prompt(CHAT.prompt)]
+    prompts = [Prompt(CHAT.prompt, {"prompt_messages": [USER]})]
+    assert load_prompts(path, tokenizer=tokenizer) == prompts
     path = write({"prompt": [USER, {"role": "assistant", "content": "It is"}]})
     (prompt,) = load_prompts(path, tokenizer=tokenizer)
     assert prompt.prompt == "<user>How is the sky?</s><assistant>It is"

@@ -1,18 +1,22 @@
 """Models in other people's formats: merged, as a classifier, and TRL's value heads."""
 
+import copy
 import json
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
-from hydra_rlhf import cli
+from hydra_rlhf import cli, pretrained
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.export import export_classifier, import_value_head, merge_adapter
+from hydra_rlhf.methods import build_method
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.rewards import ClassifierReward
 from tests.rlhf.families import FAMILIES, PROMPTS, batch, make_lm, make_model, make_tokenizer
+from tests.rlhf.test_ppo import settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +82,121 @@ def test_value_heads_of_trl(layout, tmp_path):
     assert torch.equal(again.value_head.bias, bias)
 
 
+def test_trl_checkpoints_bring_their_value_head(tmp_path, monkeypatch):
+    """As they are, and again from what is saved; a head of its own file goes first."""
+    lm = make_lm("llama")
+    lm.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    weight, bias = torch.randn(1, 32), torch.randn(1)
+    state |= {"v_head.summary.weight": weight, "v_head.summary.bias": bias}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for method, adapters in (("hydra-ppo", 2), ("lora-ppo", 1), ("ppo", 0)):
+        models = build_method(method, tmp_path, lora=settings(), score_with_model=False)
+        assert len(models.critic.adapters) == adapters
+        assert torch.equal(models.critic.value_head.weight, weight)
+        assert torch.equal(models.critic.value_head.bias, bias)
+    assert not models.critic.reward_head.weight.any()
+    HydraModel.from_pretrained(tmp_path).save_heads(tmp_path)
+    own = torch.nn.Linear(32, 1)
+    save_file(own.state_dict(), tmp_path / "value_head.safetensors")
+    assert torch.equal(HydraModel.from_pretrained(tmp_path).value_head.weight, own.weight)
+    (tmp_path / "value_head.safetensors").unlink()
+    state["v_head.summary.weight"] = torch.randn(1, 31)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="value head is 31 wide, not 32"):
+        HydraModel.from_pretrained(tmp_path)
+
+
+def test_heads_of_a_hub_name_are_fetched(tmp_path, monkeypatch):
+    head = torch.nn.Linear(32, 1, bias=False)
+    save_file(head.state_dict(), tmp_path / "reward_head.safetensors")
+    asked = []
+
+    def cached(repo, name, **_):
+        asked.append((repo, name))
+        file = tmp_path / name
+        return str(file) if file.is_file() else None
+
+    monkeypatch.setattr(pretrained, "cached_file", cached)
+    heads = pretrained.load_heads("someone/hydra", 32, torch.device("cpu"))
+    assert torch.equal(heads["reward_head"].weight, head.weight) and heads["value_head"] is None
+    names = ("reward_head.safetensors", "value_head.safetensors")
+    assert asked == [("someone/hydra", name) for name in names]
+
+
+def templated():
+    """Turns are w90 for a user and w91 for an assistant, closed by w92; plain text is after w94."""
+    backend = copy.deepcopy(make_tokenizer().backend_tokenizer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="w94 $A", special_tokens=[("w94", 94)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ {'user': 'w90 ', 'assistant': 'w91 '}[m.role] }}"
+        "{{ m.content }} w92 {% endfor %}"
+    )
+    return tokenizer
+
+
+def test_a_classifier_judges_turns_of_its_own_template(tmp_path):
+    """By hand: the ids of template and texts, through the classifier alone."""
+    model = make_model("llama", ())
+    model.save_pretrained(tmp_path / "hydra")
+    export_classifier(tmp_path / "hydra", tmp_path / "classifier")
+    texts = {"prompts": ["w3", "w4 w5"], "completions": ["w6", "w7"]}
+    history = [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]
+    history.append({"role": "user", "content": "w3"})
+
+    def expected(*rows):
+        found = []
+        for row in rows:
+            ids = torch.tensor([row])
+            with torch.no_grad():
+                reward = model.forward_role("reward", ids, torch.ones_like(ids))
+            found.append(float(reward[0, -1]))
+        return pytest.approx(found, abs=2e-5, rel=1e-4)
+
+    def judge(**kwargs):
+        return ClassifierReward(tmp_path / "classifier", tokenizer=templated(), **kwargs)
+
+    turns = [90, 3, 92, 91, 6, 92], [90, 4, 5, 92, 91, 7, 92]
+    assert judge(apply_chat_template=True)(**texts) == expected(*turns)
+    messages = [history, None]
+    long = [90, 8, 92, 91, 9, 92, 90, 3, 92, 91, 6, 92]
+    plain = ClassifierReward(tmp_path / "classifier", tokenizer=make_tokenizer())
+    joined = {"prompts": ["w3 ", "w4 w5 "], "completions": texts["completions"]}
+    assert plain(**joined, prompt_messages=messages) == expected([3, 6], [4, 5, 7])
+    assert judge()(**joined, prompt_messages=messages) == expected(long, [94, 4, 5, 7])
+    with pytest.raises(UserError, match="has no chat template"):
+        ClassifierReward(
+            tmp_path / "classifier", tokenizer=make_tokenizer(), apply_chat_template=True
+        )
+
+
+def test_a_classifier_keeps_the_end_of_a_long_text(tmp_path, caplog):
+    """The context is 64 tokens; a tokenizer that pads and cuts on the left is put right."""
+    model = make_model("gpt2", ())
+    model.save_pretrained(tmp_path / "hydra")
+    export_classifier(tmp_path / "hydra", tmp_path / "classifier")
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    words = [f"w{30 + i % 60}" for i in range(90)]
+    judge = ClassifierReward(tmp_path / "classifier", tokenizer=tokenizer)
+    with caplog.at_level("WARNING", "hydra_rlhf"):
+        long, short, _ = judge(
+            prompts=[" ".join(words[:80]) + " ", "w3 ", " ".join(words) + " "],
+            completions=[" ".join(words[80:]), "w4", "w5"],
+        )
+    assert caplog.text.count("context is 64 tokens and a text has 90") == 1
+    for score, row in ((long, [30 + i % 60 for i in range(26, 90)]), (short, [3, 4])):
+        ids = torch.tensor([list(row)])
+        with torch.no_grad():
+            reward = model.forward_role("reward", ids, torch.ones_like(ids))
+        assert score == pytest.approx(float(reward[0, -1]), abs=2e-5, rel=1e-4)
+
+
 def test_refusals(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
@@ -93,7 +212,7 @@ def test_refusals(tmp_path):
         (lambda: merge_adapter(adapter, full), "already holds something"),
         (lambda: merge_adapter(adapter, tmp_path / "out"), "no adapter_config.json"),
         (lambda: export_classifier(tmp_path / "sft", tmp_path / "out"), "has no reward head"),
-        (lambda: import_value_head(adapter), "has no model weights"),
+        (lambda: import_value_head(adapter), "has no value head"),
         (lambda: import_value_head(tmp_path / "sft"), "has no value head"),
         (lambda: import_value_head(index), "outside its folder"),
     ]

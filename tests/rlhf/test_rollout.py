@@ -1,12 +1,15 @@
 """Prompts in, sequences with explicit lengths out; and where scores come from."""
 
+import copy
 import logging
 import math
 
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
+from hydra_rlhf import pairs
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
@@ -50,6 +53,24 @@ def test_chat_template_is_one_user_turn():
     ids, _ = encode_prompts(tokenizer, ["w5 w6"], apply_chat_template=True)
     assert ids.tolist() == [[90, 5, 6, 91]]
     assert encode_prompts(tokenizer, ["w5 w6"])[0].tolist() == [[5, 6]]
+
+
+def test_a_prompt_with_bos_written_out_gets_no_second_one():
+    """As a chat template leaves it; PPO and SFT encode alike."""
+    backend = copy.deepcopy(make_tokenizer().backend_tokenizer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="w95 $A", special_tokens=[("w95", 95)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="w95"
+    )
+    prompts = ["w95 w5 w6", "w5 w6", "w95"]
+    expected = [[95, 5, 6], [95, 5, 6], [95]]
+    assert pairs.encode_prompts(tokenizer, prompts) == expected
+    for prompt, ids in zip(prompts, expected, strict=True):
+        assert encode_prompts(tokenizer, [prompt])[0].tolist() == [ids]
+    with pytest.raises(UserError, match="no chat template"):
+        encode_prompts(tokenizer, prompts, apply_chat_template=True)
 
 
 def test_an_eos_that_the_tokenizer_appends_is_taken_off():
