@@ -49,7 +49,7 @@ from hydra_rlhf.methods import MethodModels, method_from_model
 from hydra_rlhf.metrics import diagnose, to_floats
 from hydra_rlhf.model import HydraModel, Score
 from hydra_rlhf.phases import Phases
-from hydra_rlhf.processes import Processes, refuse_launch
+from hydra_rlhf.processes import Processes, make_accelerator
 from hydra_rlhf.resume import RunState
 from hydra_rlhf.rewards import (
     AdaptiveKLController,
@@ -146,8 +146,7 @@ def train(
     if not prompts:
         raise UserError("there are no prompts to train on")
     seed_everything(config.seed)
-    refuse_launch()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = make_accelerator(mixed_precision=config.mixed_precision)
     processes = Processes(accelerator)
     models = prepare_models(config, model, accelerator.device, processes.sharding)
     if reward_fn is None and models.reward is None:
@@ -155,7 +154,7 @@ def train(
     sampling = rollouts.sampling_of(config, tokenizer)
     check_lengths(config, models)
     num_steps = config.num_steps(len(prompts), processes.count)
-    optimizer, scheduler = make_optimizer(config, models, num_steps)
+    optimizer, scheduler = make_optimizer(config, models, num_steps, processes)
     processes.broadcast(trained_parameters(optimizer))
     if not processes.is_main:
         seed_everything(config.seed + processes.index)  # whatever a user's code draws

@@ -8,7 +8,8 @@ because a process that runs out of memory halves its microbatch alone: each may 
 of passes, and only the sum at the end is common. It also holds no bucket between updates.
 
 Under FSDP what is frozen is split over the processes (``sharding.py``). Passes are common then, and
-so is the halving; what is trained is whole everywhere and its gradients are summed as ever.
+so is the halving; what is trained is whole everywhere and its gradients are summed as ever. Under
+DeepSpeed the optimizer is split (``zero.py``), which only an optimizer step takes notice of.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hydra_rlhf import sharding
+from hydra_rlhf import sharding, zero
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.sharding import Sharding
@@ -45,6 +46,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         refuse_unsupported(accelerator)
         self.sharding = Sharding(accelerator) if sharding.is_asked_for(accelerator) else None
+        self.zero = zero.settings_of()
         self._accelerator = accelerator
         self.index = accelerator.process_index
         self.count = accelerator.num_processes
@@ -80,6 +82,12 @@ class Processes:
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def split(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """``optimizer``, or where DeepSpeed was asked for one with its state on all processes."""
+        if self.zero is None:
+            return optimizer
+        return zero.ZeroOptimizer(optimizer, self.zero, self._accelerator)
 
     @property
     def can_repeat(self) -> bool:
@@ -168,32 +176,48 @@ class Processes:
                 parameter.copy_(broadcast(parameter.detach().clone()))
 
 
-_REFUSED = {
-    "deepspeed": "this trainer does not run under DeepSpeed: ZeRO 1 and 2 split gradients and "
-    "optimizer state, which in PPO are those of adapters and small, and ZeRO 3 splits the weights, "
-    "as FSDP2 does here: launch with --multi_gpu, or with --use_fsdp --fsdp_version 2",
-    "megatron_lm": "this trainer does not run under Megatron-LM: launch with --multi_gpu, or with "
-    "--use_fsdp --fsdp_version 2 to split the weights",
-}
+_MEGATRON = (
+    "this trainer does not run under Megatron-LM: launch with --multi_gpu, or with "
+    "--use_fsdp --fsdp_version 2 to split the weights"
+)
 
 
-def refuse_launch() -> None:
-    """Raises UserError where ``accelerate launch`` asked for what this trainer does not run under.
+def make_accelerator(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
+    """accelerate's, for the processes that ``accelerate launch`` started.
 
-    Before an Accelerator is made, which would ask for the package first.
+    Where there is no GPU it is asked for the CPU by name: otherwise accelerate takes each process
+    for the only one, and a run for as many runs.
+
+    Raises:
+        UserError: the device is not on this machine, or the launch is one that is not supported.
     """
-    for name, reason in _REFUSED.items():
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-            raise UserError(reason)
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise UserError(_MEGATRON)  # before accelerate asks for the package
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device")
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = device == "cpu" or (launched and not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        # Else DeepSpeed, which others import where it is installed, prints that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not zero.is_asked_for():
+        return Accelerator(cpu=cpu, mixed_precision=mixed_precision)
+    zero.read_settings()  # what is wrong with them is said before anything is loaded
+    return zero.make_accelerator(cpu=cpu, mixed_precision=mixed_precision)
 
 
 def refuse_unsupported(accelerator: Accelerator) -> None:
-    """The same for an Accelerator that was made elsewhere."""
+    """Raises UserError for an Accelerator, perhaps made elsewhere, that this trainer cannot use."""
     kind = accelerator.distributed_type
     if kind == DistributedType.XLA:
         raise UserError("this trainer does not run under XLA: its kernels are for CPUs and CUDA")
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(_REFUSED[kind.value.lower()])
+    if kind == DistributedType.MEGATRON_LM:
+        raise UserError(_MEGATRON)
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError(
+            "under DeepSpeed let this trainer make its Accelerator, or make it by "
+            "hydra_rlhf.processes.make_accelerator: accelerate's own hands the whole model over"
+        )
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -84,17 +84,20 @@ class RunState:
         Called by every process; the first one writes, with the random generators of all.
         """
         rng = self.processes.gather_objects(rng_state())
+        optimizer = self.optimizer.state_dict()  # by all: each may hold a part of it
         if not self.processes.is_main:
             return None
         try:
-            return store.save(step, lambda folder: self._write(folder, step, rng))
+            return store.save(step, lambda folder: self._write(folder, step, rng, optimizer))
         except OSError as error:
             _log.warning(
                 "the checkpoint of step %d was not written (%s); those before it stay", step, error
             )
             return None
 
-    def _write(self, folder: Path, step: int, rng: list[dict[str, Any]]) -> None:
+    def _write(
+        self, folder: Path, step: int, rng: list[dict[str, Any]], optimizer: dict[str, Any]
+    ) -> None:
         if self.models.actor.adapters:
             self.models.save(folder)
         save_file({n: t.detach().cpu().contiguous() for n, t in self._trained()}, folder / TRAINED)
@@ -103,7 +106,7 @@ class RunState:
             {
                 "step": step,
                 "config": dataclasses.asdict(self.config),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "kl_controller": dict(vars(self.kl_controller)),
                 "moments": None if self.moments is None else dict(vars(self.moments)),

@@ -96,9 +96,16 @@ def minibatches(
 
 
 def make_optimizer(
-    config: PPOConfig, models: MethodModels, num_steps: int
+    config: PPOConfig, models: MethodModels, num_steps: int, processes: Processes | None = None
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over two groups, actor and critic, and the schedule of both."""
+    """AdamW over two groups, actor and critic, and the schedule of both.
+
+    Args:
+        config: Settings.
+        models: What is trained.
+        num_steps: Of the run.
+        processes: Over which it is split, where the launch asked for that.
+    """
     groups: list[dict[str, Any]] = [
         {"params": models.actor_parameters(), "lr": config.learning_rate, "name": "actor"},
         {
@@ -110,13 +117,15 @@ def make_optimizer(
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if processes is not None:
+        optimizer = processes.split(optimizer)
     total = num_steps * config.num_ppo_epochs * config.num_mini_batches
     return optimizer, LambdaLR(optimizer, lambda done: lr_factor(config, done, total))
 

@@ -36,7 +36,7 @@ from hydra_rlhf.pairs import (
     encode_pairs,
     mix,
 )
-from hydra_rlhf.processes import Processes, refuse_launch
+from hydra_rlhf.processes import Processes, make_accelerator
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 
@@ -84,11 +84,14 @@ class Trainer:
             self.processes.sharding.shard(model, trained=True)
             whole = (p for p in model.parameters() if not isinstance(p, DTensor))
             self.processes.broadcast(p for p in whole if p.requires_grad)
-        optimizer = _optimizer(config, model)
+        if self.processes.sharding is None:
+            # Before the optimizer is made, which may move what is trained: to("cpu:0") copies it.
+            self.module = accelerator.prepare(self.module)
+        optimizer = self.processes.split(_optimizer(config, model))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(config, steps))
         self.optimizer: Any = optimizer
         if self.processes.sharding is None:
-            self.module, self.optimizer = accelerator.prepare(self.module, optimizer)
+            self.optimizer = accelerator.prepare(optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.module.train()
         if config.gradient_checkpointing:
@@ -399,15 +402,3 @@ def _checkpoint(causal_lm: Any) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def make_accelerator(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
-    """accelerate's, on the device asked for.
-
-    Raises:
-        UserError: the device is not on this machine, or the launch is one that is not supported.
-    """
-    refuse_launch()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device")
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
