@@ -126,3 +126,35 @@ def test_without_triton_the_reason_is_that():
     )
     assert out.returncode == 0, out.stderr
     assert "triton is not installed" in out.stdout
+
+
+def test_under_a_transform_the_reference_runs(toy, caplog):
+    """torch.func's tensors have no memory: a kernel cannot read them, the reference need not."""
+    chosen = []
+
+    def call(x, backend=None):
+        chosen.append(registry.select(toy, backend, x))
+        return x
+
+    with caplog.at_level(logging.INFO, "hydra_kernels"):
+        torch.vmap(call)(torch.zeros(2, 3))
+    assert chosen == ["reference"]
+    assert "toy: passed over cpu: torch.func's transforms" in caplog.text
+    torch.vmap(lambda x: call(x, "reference"))(torch.zeros(2, 3))
+    with pytest.raises(NotImplementedError, match="'cpu' cannot run under a transform: torch.func"):
+        torch.vmap(lambda x: call(x, "cpu"))(torch.zeros(2, 3))
+    with pytest.raises(NotImplementedError, match="transform: no such backend"):
+        torch.vmap(lambda x: call(x, "nope"))(torch.zeros(2, 3))
+
+
+def test_transforms_of_an_op_agree_with_a_loop():
+    x = inputs()
+    rows = torch.randn(4, 2, 3)
+
+    def loss(logprobs):
+        return ppo_loss(**{**x, "logprobs": logprobs, "advantages": x["mask"].float()}).loss
+
+    expected = []
+    for row in rows.clone().requires_grad_():
+        expected += torch.autograd.grad(loss(row), row)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(rows), torch.stack(expected))

@@ -29,7 +29,7 @@ class LogprobKept(NamedTuple):
     """What backward has of the forward pass besides its inputs."""
 
     entropy: Tensor  # (M,)
-    kl: Tensor  # (M,), empty without a reference
+    kl: Tensor  # (M,), 0 without a reference
     norms: Tensor  # (4, M): maximum and log of the sum, of the logits and of the reference's
     saved: Tensor | None  # (M, V) logits in hidden's dtype, where they were to be saved
     ref_saved: Tensor | None

@@ -143,11 +143,15 @@ def runnable(op: str, *tensors: Tensor | None) -> tuple[str, ...]:
 def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend that runs ``op`` on ``tensors``.
 
+    Under a transform of torch.func (grad, vmap, jvp) it is the reference.
+
     Raises:
         NotImplementedError: ``backend``, or the one named by ``HYDRA_BACKEND``, cannot run the
             tensors; with every reason.
     """
     backend = asked_for(backend)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _under_a_transform(op, backend)
     if backend is None:
         for name, unsupported in _installed(op):
             reasons = unsupported(*tensors)
@@ -164,6 +168,18 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         why = "; ".join(reasons)
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run {given}: {why}")
     return backend
+
+
+def _under_a_transform(op: str, backend: str | None) -> str:
+    """The reference, which is the only one that torch.func can take apart."""
+    reason = "torch.func's transforms (grad, vmap, jvp) need PyTorch's own operations"
+    if backend not in (None, REFERENCE):
+        why = "; ".join([*_missing(op, backend), reason])
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run under a transform: {why}")
+    for name in _available(op):
+        if backend is None and name != REFERENCE:
+            _say_once(op, name, reason)
+    return REFERENCE
 
 
 # What os.environ looks names up in: its own get() is four function calls, at every call of an op.

@@ -94,6 +94,8 @@ class WhitenKernel(registry.Kernel):
 class PPOKernel(registry.Kernel):
     """A kernel of ``ppo_loss``, whose forward makes the gradients up to a factor.
 
+    It is called in grad mode too, and so does nothing to its inputs that autograd would record.
+
     Attributes:
         scaled: The forward returns the gradients of ``policy_loss`` and of ``(vf_coef or 1) *
             value_loss``. False: the derivatives of each token's two losses, which are still to be

@@ -18,8 +18,9 @@ from hydra_kernels.ops.masked_whiten import masked_whiten, reduced_moments, whit
 from hydra_kernels.ops.token_tensors import (
     check_same_device,
     check_shape,
-    check_unit_interval,
     dense,
+    finite,
+    in_unit_interval,
 )
 
 _OP = "advantages"
@@ -87,7 +88,8 @@ def advantages(
     if last_values is not None:
         check_shape(_OP, mask.shape[:1], last_values=last_values)
     check_same_device(_OP, values=values, mask=mask, last_values=last_values)
-    check_unit_interval(_OP, gamma=gamma, lam=lam)
+    (kl_coef,) = finite(_OP, kl_coef=kl_coef)
+    gamma, lam = in_unit_interval(_OP, gamma=gamma, lam=lam)
     if estimator == "exact":
         logprobs = ref_logprobs = None
 

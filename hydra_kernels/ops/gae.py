@@ -13,8 +13,8 @@ from hydra_kernels.ops.token_tensors import (
     check_bool,
     check_same_device,
     check_shape,
-    check_unit_interval,
     dense,
+    in_unit_interval,
 )
 
 _OP = "gae"
@@ -67,7 +67,7 @@ def gae(
     if last_values is not None:
         check_shape(_OP, mask.shape[:1], last_values=last_values)
     check_same_device(_OP, rewards=rewards, values=values, mask=mask, last_values=last_values)
-    check_unit_interval(_OP, gamma=gamma, lam=lam)
+    gamma, lam = in_unit_interval(_OP, gamma=gamma, lam=lam)
 
     rewards, values, last_values = map(dense, (rewards, values, last_values))
     mask = mask.contiguous()

@@ -9,7 +9,13 @@ from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference import kl_rewards as _reference  # noqa: F401  registers it
 from hydra_kernels.backends.token_ops import ESTIMATORS, state_dtype
-from hydra_kernels.ops.token_tensors import check_bool, check_same_device, check_shape, dense
+from hydra_kernels.ops.token_tensors import (
+    check_bool,
+    check_same_device,
+    check_shape,
+    dense,
+    finite,
+)
 
 _OP = "kl_rewards"
 
@@ -83,11 +89,12 @@ def kl_rewards(
         (B, T) rewards, float32 (float64 if an input is), exactly 0 where masked.
 
     Raises:
-        ValueError: shapes or devices differ, mask is not bool, or the estimator is unknown, lacks
-            an input or has one it does not read.
+        ValueError: shapes or devices differ, mask is not bool, kl_coef is not finite, or the
+            estimator is unknown, lacks an input or has one it does not read.
         NotImplementedError: ``backend`` was named and cannot run these tensors.
     """
     check_kl_arguments(_OP, scores, logprobs, ref_logprobs, mask, estimator, kl)
+    (kl_coef,) = finite(_OP, kl_coef=kl_coef)
     if estimator == "exact":
         logprobs = ref_logprobs = None
     scores, logprobs, ref_logprobs, kl = map(dense, (scores, logprobs, ref_logprobs, kl))

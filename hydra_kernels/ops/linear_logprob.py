@@ -11,12 +11,13 @@ from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 from hydra_kernels.backends.reference import linear_logprob as reference
+from hydra_kernels.ops.once import once
 
 _OP = "linear_logprob"
 
 
 class LinearLogprob(NamedTuple):
-    """What :func:`linear_logprob` returns; every tensor float32, shaped like ``targets``."""
+    """What :func:`linear_logprob` returns: float32 (float64 of that), shaped like ``targets``."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -66,9 +67,9 @@ def linear_logprob(
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
 
     Returns:
-        ``LinearLogprob(logprobs, entropy, logsumexp, ref_logprobs, kl)``, float32 in nats, shaped
-        like targets; the last two are None without ref_hidden. kl is exactly 0, and so is its
-        gradient, where ref_hidden equals hidden.
+        ``LinearLogprob(logprobs, entropy, logsumexp, ref_logprobs, kl)`` in nats, shaped like
+        targets, float32 (float64 where hidden is); the last two are None without ref_hidden. kl is
+        exactly 0, and so is its gradient, where ref_hidden equals hidden.
 
     Raises:
         ValueError: shapes, dtypes or values that do not fit.
@@ -183,7 +184,8 @@ def _check(
 
 
 def _fwd(inputs: LogprobInputs, save: bool, chosen: str) -> tuple[Tensor, ...]:
-    """The five results, norms, and the saved logits, empty where there are none."""
+    """The five results; entropy and kl once more, norms, and the saved logits, empty where there
+    are none."""
     results, norms, saved, ref_saved = registry.kernel(_OP, chosen).fwd(inputs, save)
     empty = norms.new_empty(0)
     return (
@@ -192,6 +194,8 @@ def _fwd(inputs: LogprobInputs, save: bool, chosen: str) -> tuple[Tensor, ...]:
             row.clone() if i < 3 or inputs.ref_hidden is not None else empty.clone()
             for i, row in enumerate(results.unbind(0))
         ),
+        # Backward's own: a caller may change in place what is returned.
+        results[1::3].clone(),
         norms,
         inputs.hidden.new_empty(0) if saved is None else saved,
         inputs.hidden.new_empty(0) if ref_saved is None else ref_saved,
@@ -200,15 +204,14 @@ def _fwd(inputs: LogprobInputs, save: bool, chosen: str) -> tuple[Tensor, ...]:
 
 def _save(ctx, args: tuple, out: tuple[Tensor, ...]) -> None:
     inputs, save, chosen = LogprobInputs(*args[:8]), args[8], args[9]
-    _, entropy, _, _, kl, norms, saved, ref_saved = out
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], inputs.ref_hidden, entropy, kl, norms, saved, ref_saved)
+    ctx.save_for_backward(*inputs[:5], inputs.ref_hidden, *out[5:])
     ctx.rest = (inputs.softcap, inputs.ignore_index, save, chosen)
 
 
 def _bwd_args(ctx, grads: tuple[Tensor | None, ...]) -> tuple | None:
     """The arguments of ``_bwd``; None where nothing has an upstream gradient."""
-    *head, ref_hidden, entropy, kl, norms, saved, ref_saved = ctx.saved_tensors
+    *head, ref_hidden, means, norms, saved, ref_saved = ctx.saved_tensors
     # grads[3] is of the reference's log-probabilities, which are a constant; without a reference
     # grads[4] is of the empty tensor that stands for kl.
     upstream = (*grads[:3], None if ref_hidden is None else grads[4])
@@ -219,7 +222,7 @@ def _bwd_args(ctx, grads: tuple[Tensor | None, ...]) -> tuple | None:
         ref_hidden = None
     inputs = LogprobInputs(*head, softcap, ref_hidden, ignore_index)
     save_ref = save and ref_hidden is not None
-    kept = LogprobKept(entropy, kl, norms, saved if save else None, ref_saved if save_ref else None)
+    kept = LogprobKept(*means, norms, saved if save else None, ref_saved if save_ref else None)
     need = ctx.needs_input_grad
     return (*upstream, *inputs, *kept, [need[0], need[1], need[3]], chosen)
 
@@ -244,10 +247,14 @@ class _LinearLogprob(torch.autograd.Function):
         return out[:5]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        args = _bwd_args(ctx, grads)
-        dhidden, dweight, dbias = (None,) * 3 if args is None else _bwd(*args)
+        with torch.no_grad():
+            args = _bwd_args(ctx, grads)
+            found = (None,) * 3 if args is None else _bwd(*args)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            hidden, weight, _, bias = ctx.saved_tensors[:4]
+            found = once(_OP, found, (hidden, weight, bias, *grads))
+        dhidden, dweight, dbias = found
         return (dhidden, dweight, None, dbias, *(None,) * 6)
 
 
@@ -258,7 +265,7 @@ _INPUTS_SCHEMA = (
 )
 _KEPT_SCHEMA = "Tensor entropy, Tensor kl, Tensor norms, Tensor? saved, Tensor? ref_saved"
 _UPSTREAM_SCHEMA = "Tensor? dlogprobs, Tensor? dentropy, Tensor? dlogsumexp, Tensor? dkl"
-_FWD_SCHEMA = f"({_INPUTS_SCHEMA}, bool save, str chosen) -> ({', '.join(['Tensor'] * 8)})"
+_FWD_SCHEMA = f"({_INPUTS_SCHEMA}, bool save, str chosen) -> ({', '.join(['Tensor'] * 9)})"
 _BWD_SCHEMA = (
     f"({_UPSTREAM_SCHEMA}, {_INPUTS_SCHEMA}, {_KEPT_SCHEMA}, bool[] wanted, str chosen)"
     " -> (Tensor, Tensor, Tensor)"
@@ -281,6 +288,7 @@ def _(*args):
         *(torch.empty_like(row) for _ in range(3)),
         ref,
         torch.empty_like(ref),
+        row.new_empty(2, M),
         row.new_empty(4, M),
         *(inputs.hidden.new_empty((M, V) if kept else 0) for kept in (save, save and has_ref)),
     )

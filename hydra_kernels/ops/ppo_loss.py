@@ -12,6 +12,7 @@ from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import registry
 from hydra_kernels.backends.reference import ppo_loss as reference
 from hydra_kernels.backends.token_ops import PPOInputs
+from hydra_kernels.ops.once import once
 
 _OP = "ppo_loss"
 
@@ -104,7 +105,7 @@ def ppo_loss(
     compiling = torch.compiler.is_compiling()
     if not compiling and _alike(tensors, mask) and 0.0 < cliprange < 1.0 and cliprange_value > 0.0:
         some = logprobs if logprobs is not None else values
-        chosen = registry.select(_OP, backend, some, mask)  # the others are as these
+        chosen = registry.select(_OP, backend, some)  # the others are as this one
     else:
         _check(tensors, mask, cliprange, cliprange_value)
         # Half precision is widened, which is exact; float64 stays, for the reference.
@@ -112,18 +113,29 @@ def ppo_loss(
             t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
             for t in tensors
         )
+        tensors = (*tensors[:2], *map(_constant, tensors[2:6]), *tensors[6:])
         chosen = registry.select(_OP, backend, *tensors, mask)
     coefs = (cliprange, cliprange_value, vf_coef, ent_coef, kl_coef)
     if chosen == registry.REFERENCE:
-        constants = tuple(_constant(t) for t in tensors[2:6])
+        constants = tuple(map(_constant, tensors[2:6]))
         coefs_and_kl = (*coefs[:3], tensors[6], ent_coef, tensors[7], kl_coef)
         return PPOLoss(*reference.ppo_loss(*tensors[:2], *constants, mask, *coefs_and_kl))
-    dense = [t if t is None else t.contiguous() for t in (*tensors, mask)]
-    if not compiling:
-        return PPOLoss._make(_PPOLoss.apply(*dense, *coefs, chosen))
-    stats = torch.ops.hydra.ppo_loss_fwd(*dense, *coefs, chosen)[0]
-    loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
-    return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
+    inputs = PPOInputs._make(
+        [*[t if t is None else t.contiguous() for t in (*tensors, mask)], *coefs]
+    )
+    if compiling:
+        stats = torch.ops.hydra.ppo_loss_fwd(*inputs, chosen)[0]
+        loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
+        return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
+    # Outside of the autograd function, which is given no more than what has gradients: a call of
+    # one takes longer than the kernel, by what goes in and comes out of it.
+    stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(inputs)
+    means = stats.unbind(0)
+    if not torch.is_grad_enabled():
+        return PPOLoss._make(means[:9])
+    made = (stats, dlogprobs, dvalues, means, inputs, chosen)
+    losses = _apply(made, inputs.logprobs, inputs.values, inputs.entropy, inputs.kl)
+    return PPOLoss._make(losses + means[5:9])
 
 
 def _constant(t: Tensor | None) -> Tensor | None:
@@ -243,27 +255,35 @@ def _grads(
 
 class _PPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        inputs, chosen = PPOInputs._make(args[:14]), args[14]
-        stats, dlogprobs, dvalues = registry.kernel(_OP, chosen).fwd(inputs)
-        ctx.save_for_backward(stats, dlogprobs, dvalues, inputs.mask)
-        ctx.settings = (*args[11:14], chosen)  # vf_coef, ent_coef, kl_coef
+    def forward(ctx, made, *given):
+        stats, dlogprobs, dvalues, means, inputs, chosen = made
+        ctx.save_for_backward(dlogprobs, dvalues, inputs.mask)
+        ctx.stats = stats  # not saved: of what its views show a caller may change anything
+        ctx.settings = (*inputs[11:14], chosen)  # vf_coef, ent_coef, kl_coef
+        ctx.given = given
         # What is saved may be handed out as the gradient where the graph goes on: a leaf would keep
         # it as its .grad and add to it.
-        ctx.keep = tuple(t is not None and not t.is_leaf for t in args[:2])
+        ctx.keep = tuple(t is not None and not t.is_leaf for t in given[:2])
         # Upstream gradients that are not there stay None: no launches to make and add zeros.
         ctx.set_materialize_grads(False)
-        means = stats.unbind(0)[:9]
-        ctx.mark_non_differentiable(*means[5:])
-        return means
+        # Not views of one tensor in autograd's eyes, which would refuse ``loss += more``.
+        return tuple([t.data for t in means[:5]])
 
     @staticmethod
     def backward(ctx, *upstream):
-        need = ctx.needs_input_grad
-        wanted = (need[0], need[1], need[6], need[7])
-        keep = (False, False) if torch.compiler.is_compiling() else ctx.keep
-        d = _grads(upstream[:5], *ctx.saved_tensors, *ctx.settings, wanted, keep)
-        return (d[0], d[1], None, None, None, None, d[2], d[3], *(None,) * 7)
+        again = torch.is_grad_enabled()
+        keep = (False, False) if again or torch.compiler.is_compiling() else ctx.keep
+        ctx.keep = (False, False)  # what is handed out once is the caller's to change
+        wanted = ctx.needs_input_grad[1:]
+        d = _grads(upstream, ctx.stats, *ctx.saved_tensors, *ctx.settings, wanted, keep)
+        if again and not torch.compiler.is_compiling():
+            d = once(_OP, d, (*ctx.given, *upstream))
+        return (None, *d)
+
+
+# What Function.apply calls in the end, without the 5 us of asking about torch.func's transforms,
+# which the choice of the backend has asked about.
+_apply = super(torch.autograd.Function, _PPOLoss).apply
 
 
 @torch.library.custom_op(

@@ -33,10 +33,29 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: tensors must be on one device, got {found}")
 
 
-def check_unit_interval(op: str, **numbers: float) -> None:
+def finite(op: str, **numbers: float | Tensor) -> list[float]:
+    """The numbers, out of their tensors where a CPU has these."""
+    found = []
     for name, number in numbers.items():
+        if isinstance(number, Tensor):
+            if number.numel() != 1 or not number.is_cpu:
+                raise ValueError(
+                    f"{op}: {name} must be a number, got {tuple(number.shape)} on {number.device}, "
+                    "which to read would be a synchronisation"
+                )
+            number = number.item()
+        if not -float("inf") < number < float("inf"):
+            raise ValueError(f"{op}: {name} must be finite, got {number}")
+        found.append(number)
+    return found
+
+
+def in_unit_interval(op: str, **numbers: float | Tensor) -> list[float]:
+    found = finite(op, **numbers)
+    for name, number in zip(numbers, found, strict=True):
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{op}: {name} must be in [0, 1], got {number}")
+    return found
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

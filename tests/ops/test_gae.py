@@ -267,6 +267,8 @@ def refusals():
     yield (x, x, mask), {"last_values": x}, ValueError, r"last_values must be \(2,\)"
     yield (x, x, mask), {"gamma": 1.1}, ValueError, r"gamma must be in \[0, 1\], got 1.1"
     yield (x, x, mask), {"lam": -0.1}, ValueError, r"lam must be in \[0, 1\], got -0.1"
+    half = torch.full((2,), 0.5)
+    yield (x, x, mask), {"gamma": half}, ValueError, r"gamma must be a number, got \(2,\)"
     yield (x, x, mask), {"backend": "tpu"}, NotImplementedError, "no such backend"
     for backend in BACKENDS:
         doubles = (x.double(), x.double(), mask)

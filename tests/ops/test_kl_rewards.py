@@ -182,6 +182,13 @@ def test_exact_needs_no_logprobs_and_results_are_constants(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_a_coefficient_in_a_tensor(backend):
+    inputs = make_inputs(2, 9, device_of(backend))[:4]
+    results = [kl_rewards(*inputs, kl_coef=c, backend=backend) for c in (0.5, torch.tensor(0.5))]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend):
     scores, logprobs, ref_logprobs, mask, kl = make_inputs(2, 17, device_of(backend))
     op = torch.ops.hydra.kl_rewards
@@ -214,6 +221,10 @@ def refusals():
     yield (scores, x, x, mask), {"estimator": "k4"}, ValueError, "one of k1, k2, k3, exact"
     yield (scores, x, x, mask), {"estimator": "exact"}, ValueError, "'exact' needs kl"
     yield (scores, x, x, mask), {"kl": x}, ValueError, "kl is read only by estimator 'exact'"
+    nan = float("nan")
+    yield (scores, x, x, mask), {"kl_coef": nan}, ValueError, "kl_coef must be finite, got nan"
+    two = torch.ones(2)
+    yield (scores, x, x, mask), {"kl_coef": two}, ValueError, r"kl_coef must be a number, got \(2,"
     yield (scores, x, x, mask), {"backend": "tpu"}, NotImplementedError, "no such backend"
 
 

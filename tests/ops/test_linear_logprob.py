@@ -475,13 +475,27 @@ def test_autocast(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_not_differentiable(backend):
+    """Refused with an upstream that asks for a gradient and without, alone and in a sum."""
     inputs = make_inputs(3, 16, 20, device_of(backend))
-    hidden, upstream = inputs["hidden"].requires_grad_(), torch.ones(3, requires_grad=True)
-    out = linear_logprob(hidden, inputs["weight"], inputs["targets"], backend=backend)
-    loss = (out.logprobs * upstream.to(hidden.device)).sum()
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    hidden, asking = inputs["hidden"].requires_grad_(), torch.ones(3, requires_grad=True)
+    for upstream in (asking, torch.ones(3)):
+        out = linear_logprob(hidden, inputs["weight"], inputs["targets"], backend=backend)
+        loss = (out.logprobs * upstream.to(hidden.device)).sum()
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_logprob: .* no derivative of its own"):
+            torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_may_be_changed_in_place(backend):
+    inputs = make_inputs(3, 16, 20, device_of(backend))
+    grads = []
+    for change in (False, True):
+        hidden = inputs["hidden"].clone().requires_grad_()
+        out = linear_logprob(**{**inputs, "hidden": hidden}, backend=backend)
+        twice = [getattr(out, n).mul_(2) if change else getattr(out, n) * 2 for n in DIFFERENTIABLE]
+        grads.append(torch.autograd.grad(sum(t.sum() for t in twice), hidden)[0])
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("save", [False, True])

@@ -392,3 +392,50 @@ def test_value_loss_alone_has_a_gradient_without_its_coefficient(backend):
         grads.append(torch.autograd.grad(out.value_loss, values)[0])
     assert grads[0].any()
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_not_differentiable(backend):
+    """A gradient penalty would miss its own share: refused, also where the rest of it asks."""
+    inputs = make_inputs((2, 9), device_of(backend))
+    for name in DIFFERENTIABLE:
+        leaf = inputs[name].clone().requires_grad_()
+        loss = ppo_loss(**{**inputs, name: leaf}, **COEFS, backend=backend).loss
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="ppo_loss: its gradient has no derivative"):
+            torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_constants_that_ask_for_a_gradient_get_none(backend):
+    inputs = make_inputs((2, 9), device_of(backend))
+    constants = ("old_logprobs", "old_values", "advantages", "returns")
+    inputs |= {name: inputs[name].requires_grad_() for name in constants}
+    assert not any(t.requires_grad for t in ppo_loss(**inputs, **COEFS, backend=backend))
+    logprobs = inputs["logprobs"].requires_grad_()
+    ppo_loss(**inputs, **COEFS, backend=backend).loss.backward()
+    assert logprobs.grad is not None
+    assert all(inputs[name].grad is None for name in constants)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_results_may_be_changed_in_place(backend):
+    inputs = make_inputs((2, 9), device_of(backend))
+    inputs["logprobs"] = inputs["logprobs"].requires_grad_() * 1
+    out = ppo_loss(**inputs, **COEFS, backend=backend)
+    (expected,) = torch.autograd.grad(out.loss, inputs["logprobs"], retain_graph=True)
+    for statistic in out[1:]:
+        statistic.mul_(100)
+    loss = out.loss
+    loss += 3.0
+    (first,) = torch.autograd.grad(out.loss, inputs["logprobs"], retain_graph=True)
+    (second,) = torch.autograd.grad(out.loss, inputs["logprobs"])
+    first.zero_()
+    assert torch.equal(second, expected)
+
+
+def test_one_float64_makes_every_statistic_float64():
+    inputs = make_inputs((2, 9), "cpu")
+    for name in (*DIFFERENTIABLE, "returns"):
+        out = ppo_loss(**{**inputs, name: inputs[name].double()}, **COEFS)
+        assert {t.dtype for t in out} == {torch.float64}, name

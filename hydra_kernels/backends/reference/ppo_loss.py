@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hydra_kernels.backends.token_ops import state_dtype
+
 # As kLogRatioLimit of csrc/include/hydra/ppo_loss.h: finite inputs must give finite losses.
 LOG_RATIO_LIMIT = 60.0
 
@@ -23,12 +25,13 @@ def ppo_loss(
     kl: Tensor | None,
     kl_coef: float,
 ) -> tuple[Tensor, ...]:
-    given = next(t for t in (logprobs, values, entropy, kl, mask) if t is not None)
-    dtype = given.dtype if given.is_floating_point() else torch.float32
+    dtype = state_dtype(
+        logprobs, values, old_logprobs, old_values, advantages, returns, entropy, kl
+    )
     count = mask.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0.0).sum() / count
+        return torch.where(mask, x, 0.0).sum(dtype=dtype) / count
 
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     policy_loss = value_loss = approx_kl = clipfrac = vf_clipfrac = mean_ratio = zero
