@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_kernels import LinearLogprob, available_backends, linear_logprob
+from hydra_kernels.backends.cpu import linear_logprob as cpu
 from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
 
 OP = "linear_logprob"
@@ -619,3 +620,26 @@ def test_gradcheck_of_the_reference(softcap, reference_moves):
     bias.requires_grad_()
     outputs = slice(3 if reference_moves else 4)
     assert torch.autograd.gradcheck(lambda *t: run(*t)[outputs], (hidden, weight, bias))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ extension")
+@pytest.mark.parametrize("sizes", [(1024, 512, 256, 192, 128, 64, 32, 16), (1024, 256), (1024,)])
+def test_tiles_cover_the_rows_and_little_more(sizes):
+    for n in (0, 1, 16, 17, 44, 300, 424, 1024, 1500, 4096):
+        tiles = cpu._tiles(n, sizes)
+        ends = [begin + size for begin, size in tiles]
+        assert [begin for begin, _ in tiles] == [0, *ends][: len(tiles)]
+        assert {size for _, size in tiles} <= set(sizes)
+        if tiles:
+            begin, size = tiles[-1]
+            assert begin < n <= ends[-1]
+            assert ends[-1] - n <= size // 4 or size == sizes[-1]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ extension")
+def test_backward_takes_tiles_of_the_forward():
+    """It makes the logits again on those, and needs them to the bit."""
+    for depth, counts in ((256, (1008,)), (64, (64, 1008))):
+        forward, backward = (cpu._sizes(depth, counts, b, torch.get_num_threads()) for b in (0, 1))
+        assert set(backward) <= set(forward) and max(forward) == max(backward) == cpu.ROWS
+        assert list(forward) == sorted(forward, reverse=True)

@@ -20,7 +20,8 @@ from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 # Large enough for BLAS to reach its speed; a block of 4 MB stays in the second-level caches.
 ROWS = 1024
 COLUMNS = 1024
-SMALLER = (256, 64)  # tiles for what is left over, where BLAS rounds them as it does ROWS
+# Tiles for what is left over, where BLAS rounds them as it does ROWS.
+SMALLER = (512, 256, 192, 128, 64, 32, 16)
 # Below these BLAS takes matrix-vector code, which rounds by the row's position.
 LEAST_COLUMNS = 64
 LEAST_DEPTH = 16
@@ -42,7 +43,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
     if kept is not None:
         targets = targets[kept]
     n = targets.numel()
-    walk = _Walk(weight, n)
+    walk = _Walk(weight, n, backward=False)
     rows = walk.pack(hidden, kept)
     ref_rows = None if ref_hidden is None else walk.pack(ref_hidden, kept)
     bias = None if bias is None else bias.float().contiguous()
@@ -54,8 +55,8 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
     for first, count in walk.blocks:
         head = walk.head(first, count)
         for begin, size in walk.tiles:
-            z, z_ref = walk.products(rows, ref_rows, head, begin, size)
             inside = min(size, n - begin)
+            z, z_ref = walk.products(rows, ref_rows, head, begin, inside)
             if save:
                 for store, block in zip(saved, (z, z_ref), strict=True):
                     if store is not None and block is not None:
@@ -104,7 +105,7 @@ def bwd(
     upstream, norms = upstream.contiguous(), norms.contiguous()
     entropy, kl = entropy.contiguous(), kl.contiguous()
     n = targets.numel()
-    walk = _Walk(weight, n)
+    walk = _Walk(weight, n, backward=wanted[0])
     rows = walk.pack(hidden, kept) if saved is None or wanted[1] else None
     ref_rows = None
     if ref_hidden is not None and ref_saved is None:
@@ -125,7 +126,7 @@ def bwd(
         for begin, size in walk.tiles:
             inside = min(size, n - begin)
             if saved is None:
-                z, z_ref = walk.products(rows, ref_rows, head, begin, size)
+                z, z_ref = walk.products(rows, ref_rows, head, begin, inside)
             else:
                 part = (slice(begin, begin + inside), slice(first, first + count))
                 z, z_ref = walk.restore(saved[part], None if ref_saved is None else ref_saved[part])
@@ -183,14 +184,17 @@ class _Walk:
         depth: D, or more where D is too small.
     """
 
-    def __init__(self, weight: Tensor, n: int):
+    def __init__(self, weight: Tensor, n: int, backward: bool):
         self.weight = weight
         V, D = weight.shape
         self.depth = max(D, LEAST_DEPTH)
         self.blocks = list(_blocks(V, _columns(_budget_mb())))
         counts = tuple(sorted({max(count, LEAST_COLUMNS) for _, count in self.blocks}))
         self.stride = max(counts)
-        self.tiles = _tiles(n, _sizes(self.depth, counts, torch.get_num_threads()) if n else ())
+        threads = torch.get_num_threads()
+        self._sizes = _sizes(self.depth, counts, False, threads) if n else ()
+        sizes = _sizes(self.depth, counts, True, threads) if n and backward else self._sizes
+        self.tiles = _tiles(n, sizes)
         self.padded = sum(size for _, size in self.tiles)
         largest = max((size for _, size in self.tiles), default=0)
         self._shape = (largest, self.stride)
@@ -219,8 +223,10 @@ class _Walk:
         return self._head[: max(count, LEAST_COLUMNS)]
 
     def products(
-        self, rows: Tensor | None, ref_rows: Tensor | None, head: Tensor, begin: int, size: int
+        self, rows: Tensor | None, ref_rows: Tensor | None, head: Tensor, begin: int, inside: int
     ) -> tuple[Tensor, Tensor | None]:
+        """The products of ``inside`` rows, and of no more behind them than a tile here needs."""
+        size = min(s for s in self._sizes if s >= inside)
         out: list[Tensor | None] = [None, None]
         for i, x in enumerate((rows, ref_rows)):
             if x is not None:
@@ -269,39 +275,43 @@ def _blocks(V: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _tiles(n: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Whole tiles, then one that reaches up to a quarter of itself past the end, or smaller."""
     tiles, begin = [], 0
     while begin < n:
-        size = next((s for s in sizes if s <= n - begin), sizes[-1])
+        rest = n - begin
+        near = [s for s in sizes if 3 * s <= 4 * rest]
+        size = near[0] if near else sizes[-1]
         tiles.append((begin, size))
         begin += size
     return tiles
 
 
 @functools.cache
-def _sizes(depth: int, counts: tuple[int, ...], num_threads: int) -> tuple[int, ...]:
+def _sizes(
+    depth: int, counts: tuple[int, ...], backward: bool, num_threads: int
+) -> tuple[int, ...]:
     """Sizes of tiles, largest first, for which BLAS rounds a row alike wherever it sits.
 
     Which ones do depends on the library, the processor, the number of threads and the shape, and is
-    documented nowhere: so the products of one tile are compared, once a shape.
+    documented nowhere: so the products of one tile are compared, once a shape. Those of backward
+    sum over the columns of a block, and agree for fewer sizes than those over the depth.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    sizes = [ROWS]
-    for size in SMALLER:
-        agree = True
-        for inner, outer in [*((depth, c) for c in counts), *((c, depth) for c in counts)]:
-            x, w = normal(ROWS, inner), normal(outer, inner)
-            x[-size:] = x[:size]
-            w = w if inner == depth else w.t().contiguous().t()  # as in addmm_(dz, head)
-            large = torch.zeros(ROWS, outer).addmm_(x, w.t())
-            small = torch.zeros(size, outer).addmm_(x[:size], w.t())
-            agree &= torch.equal(large[:size], small) and torch.equal(large[-size:], small)
-        if agree:
-            sizes.append(size)
-    return tuple(sizes)
+    products = [(depth, count, False) for count in counts]
+    if backward:
+        products += [(count, depth, True) for count in counts]
+    agreeing = set(SMALLER)
+    for inner, outer, transposed in products:
+        x = torch.randn(ROWS, inner, generator=generator)
+        w = torch.randn(outer, inner, generator=generator)
+        w = w.t().contiguous().t() if transposed else w  # as in addmm_(dz, head)
+        large = torch.zeros(ROWS, outer).addmm_(x, w.t())
+        for size in sorted(agreeing):
+            for rows in (slice(None, size), slice(-size, None)):
+                small = torch.zeros(size, outer).addmm_(x[rows], w.t())
+                if not torch.equal(large[rows], small):
+                    agreeing.discard(size)
+    return (ROWS, *sorted(agreeing, reverse=True))
 
 
 registry.register(
