@@ -29,9 +29,10 @@ def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles, num_segments = segments(B, T, mask.device.index)
     maps = values.new_empty((B, num_segments, 3)) if num_segments > 1 else None
     num_blocks = B * num_segments
-    # One allocation for both: the moments of each block, and behind them the result.
-    scratch = values.new_empty(num_blocks * 3 + 3, dtype=torch.float64)
-    moments = scratch[num_blocks * 3 :]
+    # One allocation for both: the result, and behind it the moments of each block. In this order,
+    # since torch.compile takes for granted that a result begins where its storage does.
+    scratch = values.new_empty(3 + num_blocks * 3, dtype=torch.float64)
+    moments, partial = scratch[:3], scratch[3:]
     extension.module.advantages_fwd_cuda(  # type: ignore[union-attr]
         *addresses(scores, inputs.penalised, ref_logprobs, values, mask, last_values),
         B,
@@ -42,7 +43,7 @@ def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lam,
         tiles,
         *addresses(
-            maps, rewards, advantages, returns, scratch, launch.ticket(mask.device), moments
+            maps, rewards, advantages, returns, partial, launch.ticket(mask.device), moments
         ),
         mask.device.index,
         torch.cuda.current_stream(mask.device).cuda_stream,

@@ -28,13 +28,14 @@ def moments(
     mask: Tensor,  # bool, contiguous
 ) -> Tensor:
     num_blocks = _num_blocks(x.numel(), x.device.index)
-    # One allocation for both: the moments of each block, and behind them the result.
-    scratch = x.new_empty(num_blocks * 3 + 3, dtype=torch.float64)
-    out = scratch[num_blocks * 3 :]
+    # One allocation for both: the result, and behind it the moments of each block. In this order,
+    # since torch.compile takes for granted that a result begins where its storage does.
+    scratch = x.new_empty(3 + num_blocks * 3, dtype=torch.float64)
+    out, partial = scratch[:3], scratch[3:]
     extension.module.masked_whiten_moments_cuda(  # type: ignore[union-attr]
         *addresses(x, mask),
         x.numel(),
-        *addresses(scratch, launch.ticket(x.device), out),
+        *addresses(partial, launch.ticket(x.device), out),
         num_blocks,
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,

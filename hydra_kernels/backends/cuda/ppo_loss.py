@@ -28,16 +28,17 @@ def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mask = inputs.mask
     device = mask.device.index
     num_blocks = _num_blocks(mask.numel(), device)
-    # One allocation for both: the sums of each block, and behind them the result.
-    scratch = mask.new_empty(num_blocks * 9 + 10, dtype=torch.float32)
-    stats = scratch[num_blocks * 9 :]
+    # One allocation for both: the result, and behind it the sums of each block. In this order,
+    # since torch.compile takes for granted that a result begins where its storage does.
+    scratch = mask.new_empty(10 + num_blocks * 9, dtype=torch.float32)
+    stats, partial = scratch[:10], scratch[10:]
     dlogprobs = None if inputs.logprobs is None else torch.empty_like(inputs.logprobs)
     dvalues = None if inputs.values is None else torch.empty_like(inputs.values)
     extension.module.ppo_loss_fwd_cuda(  # type: ignore[union-attr]
         *addresses(*inputs.tensors),
         mask.numel(),
         *inputs.coefs,
-        *addresses(stats, dlogprobs, dvalues, scratch, launch.ticket(mask.device)),
+        *addresses(stats, dlogprobs, dvalues, partial, launch.ticket(mask.device)),
         num_blocks,
         device,
         torch.cuda.current_stream(mask.device).cuda_stream,
