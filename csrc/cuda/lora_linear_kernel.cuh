@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kLoraThreads) lora_decode_kernel(const LoraDec
   __threadfence();  // s is visible before its tile counts as done
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (of_adapter) atomicAdd(p.counters + 1, 1);
+    // With nothing on nobody waits for this, and it might come after the counters are set back.
+    if (of_adapter && any_on) atomicAdd(p.counters + 1, 1);
     if (atomicAdd(p.counters + 2, 1) == static_cast<int>(gridDim.x) - 1) {
       p.counters[0] = p.counters[1] = p.counters[2] = 0;
     }
