@@ -58,6 +58,15 @@ def test_agrees_with_the_formula(backend, shift_mean, shape):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_a_mean_that_is_small_beside_the_values(backend):
+    """It is what remains in the output when it is not taken off: whitened values are near 1."""
+    x = torch.tensor([[1.3e20, 7e19, -2.1e20, 3e17, 9.9e18]], device=device_of(backend))
+    mask = torch.ones_like(x, dtype=torch.bool)
+    out = masked_whiten(x, mask, shift_mean=False, backend=backend)
+    assert_agrees(out, oracle(x, mask, shift_mean=False))
+
+
+@pytest.mark.parametrize("backend", ALL)
 @settings(max_examples=20, deadline=None)
 @given(
     rows=rows,

@@ -36,7 +36,8 @@ struct ShiftedSums {
 
 HYDRA_HOST_DEVICE void add(ShiftedSums& sums, float x) {
   if (sums.count == 0.0) sums.shift = x;
-  const double deviation = static_cast<double>(x - sums.shift);
+  // In double from here on: rounded to float, deviations of 1e20 would bury a mean of 1e13.
+  const double deviation = static_cast<double>(x) - static_cast<double>(sums.shift);
   sums.count += 1.0;
   sums.sum += deviation;
   sums.square += deviation * deviation;
