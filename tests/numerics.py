@@ -16,6 +16,12 @@ def fast_backends(op: str) -> list[str]:
     return [name for name in registry.available_backends(op) if name != registry.REFERENCE]
 
 
+def training_backends(op: str) -> list[str]:
+    """Those that run every call of ``op``. That of lora_linear in CUDA C++ only decodes:
+    tests/ops/test_lora_linear_decode.py has its tests."""
+    return [n for n in fast_backends(op) if (op, n) != ("lora_linear", "cuda")]
+
+
 def assert_no_worse_than_torch(
     actual: Tensor, same_dtype: Tensor, exact: Tensor, *, factor: float = 2.0, atol: float
 ) -> None:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from hydra_kernels import Projection, lora_linear, lora_linear_group
 from hydra_kernels.backends import registry
 from hydra_kernels.ops.lora_linear import gated_linear
-from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
+from tests.numerics import assert_no_worse_than_torch, device_of, training_backends
 from tests.ops.test_lora_linear import make_layer
 
 OP = "lora_linear"
-KERNELS = fast_backends(OP)
+KERNELS = training_backends(OP)
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 # base, adapters
 MIXES = [(FLOAT, FLOAT), (BFLOAT, BFLOAT), (BFLOAT, FLOAT), (HALF, HALF), (FLOAT, BFLOAT)]

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear, lora_linear_group
-from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
+from tests.numerics import assert_no_worse_than_torch, device_of, training_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import leaves, run
 
-KERNELS = fast_backends("lora_linear")
+KERNELS = training_backends("lora_linear")
 
 
 def close(actual, same, exact):
