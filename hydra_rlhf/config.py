@@ -274,7 +274,7 @@ class PPOConfig(LoraSettings):
         True,
         "Where a rollout is one minibatch of one microbatch, the critic's scoring pass (with a "
         "joint adapter the actor's too) is kept with its gradients, and the first epoch makes no "
-        "forward pass of its own. Off under autocast and where weights are split. [ours]",
+        "forward pass of its own. Off where weights are split. [ours]",
     )
     share_prefix: bool = _field(
         True,

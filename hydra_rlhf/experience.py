@@ -234,8 +234,7 @@ def kept_roles(config: PPOConfig, models: MethodModels, critic_only: bool = Fals
     Never two passes: the graph of one is what the update holds at a time anyway.
     """
     one = config.num_mini_batches == config.gradient_accumulation_steps == 1
-    # Autocast keeps weights that it has cast without gradient, and would use them again.
-    if not (config.keep_scoring_pass and one and config.mixed_precision == "no"):
+    if not (config.keep_scoring_pass and one):
         return []
     if not models.joint:
         return ["critic"]

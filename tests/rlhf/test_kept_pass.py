@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from hydra_rlhf.config import METHODS
 from hydra_rlhf.experience import Experience
 from hydra_rlhf.methods import method_from_model
 from hydra_rlhf.model import HydraModel
@@ -21,6 +23,8 @@ from tests.rlhf.test_ppo import numbers, plain_model, run, settings
         ("hydra-ppo", {"lora_last_k": 1, "critic_warmup_steps": 1}, 1),
         ("j-hydra-ppo", {}, 1),
         ("j-hydra-ppo", {"rollout_logprobs": "reuse"}, 1),
+        # Autocast keeps casts of weights; one made without gradient must not enter a graph.
+        *((method, {"mixed_precision": "bf16"}, 1) for method in METHODS),
         # Passes that are not the update's: of halves, without reference, with a head alone.
         ("hydra-ppo", {"local_rollout_forward_batch_size": 2}, 0),
         ("hydra-ppo", {"gradient_accumulation_steps": 2}, 0),
@@ -42,7 +46,11 @@ def test_a_kept_scoring_pass_is_the_first_epochs(monkeypatch, method, changes, s
     passes, found = [], []
     for keep in (False, True):
         calls.clear()
-        result = run(settings(method=method, keep_scoring_pass=keep, **changes))
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one a process
+        try:
+            result = run(settings(method=method, keep_scoring_pass=keep, **changes))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
         passes.append(len(calls))
         trained = [*result.models.actor_parameters(), *result.models.critic_parameters()]
         found.append((numbers(result)[0], [p.detach() for p in trained]))
