@@ -9,12 +9,13 @@ import torch._dynamo.testing
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from hydra_rlhf import trunk as trunks
 from hydra_rlhf.experience import make_experience
 from hydra_rlhf.methods import build_method, lora_config_of, method_from_model
 from hydra_rlhf.model import HydraModel, Score
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rollout import Rollout
-from tests.rlhf.families import batch, make_lm, train_by_chance
+from tests.rlhf.families import THREE, batch, make_model, train_by_chance
 from tests.rlhf.test_ppo import numbers, plain_model, run, settings, word_reward
 
 SEPARATE = ("ppo", "lora-ppo", "d-lora-ppo")
@@ -195,37 +196,42 @@ def test_reference_adapter_for_a_whole_run(method, tmp_path):
     assert not torch.equal(after.logprobs, after.ref_logprobs), "the actor did not move"
 
 
-def test_compiles():
-    """torch.compile of a pass gives its numbers and gradients, and new ids do not recompile."""
-    lm = make_lm("llama", num_hidden_layers=1)
-    lora = lora_config_of(settings(), lm)
-    model = HydraModel(lm, adapters=("actor", "critic"), lora_config=lora)
-    train_by_chance(model)
-    ids, mask, _ = batch(padded=False)
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(
-        lambda adapter: model.hidden(ids, mask, adapter_ids=adapter), backend=counter
-    )
+@pytest.mark.parametrize("family", THREE)
+def test_compiles(family):
+    """A pass with its gradients, forward and backward through the ops' fake kernels, is eager's
+    for every role, and new ids, of a batch or of each row, do not recompile."""
+    model = make_model(family, trained=True, layers_to_transform=[0])
+    blocks = trunks.blocks(model.trunk)
+    del blocks[1:]
+    model.config.num_hidden_layers = 1
+    ids, mask, response_mask = batch(padded=False)
+    T = response_mask.shape[1]
+
+    def of_pass(adapters):
+        states = model.hidden(ids, mask, adapter_ids=adapters)[:, -T - 1 : -1]
+        out = model.lm_head.logprob(states, ids[:, -T:])
+        return out.logprobs, out.entropy, model._head("value", states)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(of_pass, backend=counter)
+    trained = [p for a in model.adapters for p in model.adapter_parameters(a)]
+    names = ("actor", "critic", "reference", "actor")
+    mixed = torch.tensor([model.adapter_id(role) for role in names])
     frames = []
-    weights = torch.randn(ids.shape + (model.reward_head.in_features,))
-    for role in ("actor", "critic", "reference"):
-        adapter = torch.full((len(ids),), model.adapter_id(role))
+    for adapters in (*(mixed[i].expand(len(ids)).clone() for i in range(3)), mixed):
         found = []
-        for function in (compiled, lambda a: model.hidden(ids, mask, adapter_ids=a)):
-            hidden = function(adapter)
-            gradients = [None]
-            if role != "reference":
-                (hidden * weights).sum().backward()
-                parameters = model.adapter_parameters(role)
-                gradients = [p.grad for p in parameters]
-            model.zero_grad(set_to_none=True)
-            found.append((hidden.detach(), gradients))
-        (a, da), (b, db) = found
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        for x, y in zip(da, db, strict=True):
-            if role != "reference":
-                assert x.abs().max() > 0
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        for function in (compiled, of_pass):
+            out = function(adapters)
+            loss = sum((part * part.detach().cos()).sum() for part in out)
+            gradients = torch.autograd.grad(loss, trained)
+            found.append((*(part.detach() for part in out), *gradients))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+        half = len(trained) // 2
+        touched = {"actor": found[0][3:][:half], "critic": found[0][3:][half:]}
+        for role, part in touched.items():
+            expected = bool((adapters == model.adapter_id(role)).any())
+            assert any(bool(g.any()) for g in part) == expected
         frames.append(counter.frame_count)
     assert frames[0] >= 1 and len(set(frames)) == 1
 
