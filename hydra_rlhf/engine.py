@@ -31,7 +31,7 @@ from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
 from hydra_rlhf.rollout import Engine, Rollout, Sampling
 from hydra_rlhf.rollout import generate as generate_by_transformers
-from hydra_rlhf.token_choice import Chosen, choose, is_filtered, write
+from hydra_rlhf.token_choice import Chosen, choose, write
 
 _log = logging.getLogger("hydra_rlhf")
 
@@ -469,25 +469,22 @@ class _Step:
 
     def __init__(self, engine: RolloutEngine, state: State, sampling: Sampling):
         self.engine, self.state, self.sampling = engine, state, sampling
-        self.draws = not is_filtered(sampling)
         self.seen = state.mask.shape[1]
         engine._see(state, self.seen)
-        self.replay = recorded(self._forward)
+        self.replay = recorded(self._forward, engine._dtype)
 
     def _forward(self) -> tuple[Tensor, ...]:
         hidden = self.engine._next_hidden(self.state, self.seen)
         logits = self.engine.model.lm_head.logits(hidden).float()
-        chosen = choose(logits, self.state, self.sampling) if self.draws else ()
-        return hidden, logits, *chosen
+        return hidden.float(), logits, *choose(logits, self.state, self.sampling)
 
     def __call__(self) -> None:
         state = self.state
         self.engine._see(state, self.seen)
         self.replay()
-        hidden, logits, *chosen = self.replay.outputs
+        hidden, _, *chosen = self.replay.outputs
         self.engine._advance(state)
-        drawn = tuple(chosen) if self.draws else choose(logits, state, self.sampling)
-        self.engine._write(state, hidden, drawn, self.sampling)  # type: ignore[arg-type]
+        self.engine._write(state, hidden, tuple(chosen), self.sampling)  # type: ignore[arg-type]
 
 
 def _twentieth(device: torch.device) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from hydra_kernels.replay import draw_tokens, invert, without_early
+from hydra_kernels.replay import draw_tokens
 from hydra_rlhf.decode_state import State
 from hydra_rlhf.rollout import Sampling
 
@@ -22,23 +20,18 @@ def is_filtered(sampling: Sampling) -> bool:
 
 def choose(logits: Tensor, state: State, sampling: Sampling) -> Chosen:
     """Draws from logits (B, V) float32 by the state's uniforms; changes nothing."""
-    if not is_filtered(sampling):
-        return draw_tokens(
-            logits,
-            state.uniforms,
-            state.column,
-            temperature=sampling.temperature,
-            sample=sampling.do_sample,
-            late=sampling.stop_ids,
-            late_from=sampling.min_response_length,
-        )
-    logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
-    filtered = filter_logprobs(logprobs, state.column, sampling)
-    if sampling.do_sample:
-        token = invert(filtered, state.uniforms.gather(1, state.column))
-    else:
-        token = filtered.argmax(-1, keepdim=True)
-    return token, logprobs.gather(1, token), filtered.gather(1, token)
+    return draw_tokens(
+        logits,
+        state.uniforms,
+        state.column,
+        temperature=sampling.temperature,
+        sample=sampling.do_sample,
+        late=sampling.stop_ids,
+        late_from=sampling.min_response_length,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
 
 
 def write(state: State, chosen: Chosen, values: Tensor | None, sampling: Sampling) -> None:
@@ -59,25 +52,6 @@ def write(state: State, chosen: Chosen, values: Tensor | None, sampling: Samplin
     state.finished.logical_or_((last | stop).squeeze(1))
     state.column.add_((going & ~last).long())
     state.token.copy_(token)
-
-
-def filter_logprobs(logprobs: Tensor, column: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) log-probabilities of what may be sampled, normalised; -inf for the rest."""
-    scores = logprobs
-    if sampling.min_response_length > 0:
-        scores = without_early(scores, column, sampling.stop_ids, sampling.min_response_length)
-    if 0 < sampling.top_k < scores.shape[1]:
-        worst = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < worst, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, index = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True)
-        # A token goes when those before it already hold top_p: the likeliest always stays.
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
-    if sampling.min_p > 0.0:
-        least = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    return scores if scores is logprobs else torch.log_softmax(scores, dim=-1)
 
 
 def _put(buffer: Tensor, column: Tensor, value: Tensor, going: Tensor) -> None:

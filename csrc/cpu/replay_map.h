@@ -37,11 +37,20 @@ HYDRA_INLINE T map_one(T a, T b) {
   return a;
 }
 
+template <std::int64_t kOp, class Out, class In>
+HYDRA_INLINE Out map_to(In a, In b) {
+  if constexpr (std::is_same_v<In, Bf16>) {
+    return to_float(a);
+  } else {
+    return static_cast<Out>(map_one<kOp, In>(a, b));
+  }
+}
+
 template <std::int64_t kOp, class Out, class In, std::int64_t kA, std::int64_t kB>
 HYDRA_INLINE void map_run(Out* out, const In* a, const In* b, std::int64_t n) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<Out>(map_one<kOp, In>(a[i * kA], b[i * kB]));
+    out[i] = map_to<kOp, Out>(a[i * kA], b[i * kB]);
   }
 }
 
@@ -66,7 +75,7 @@ HYDRA_INLINE void map_all(
           map_run<kOp, Out, In, 0, 1>(to, x, y, n);
         } else {
           for (std::int64_t l = 0; l < n; ++l) {
-            to[l * so[3]] = static_cast<Out>(map_one<kOp, In>(x[l * sa[3]], y[l * sb[3]]));
+            to[l * so[3]] = map_to<kOp, Out>(x[l * sa[3]], y[l * sb[3]]);
           }
         }
       }
@@ -103,6 +112,10 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
       reinterpret_cast<const IN*>(b), sb)
   if (type == kIntToFloat) {
     HYDRA_MAP(kCopy, float, std::int64_t);
+    return;
+  }
+  if (type == kBf16ToFloat) {
+    HYDRA_MAP(kCopy, float, Bf16);
     return;
   }
   if (type == kInt) {

@@ -15,6 +15,9 @@ struct Vector {
   typedef float type __attribute__((vector_size(W * sizeof(float))));
   typedef float loose __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
   typedef std::int32_t lanes __attribute__((vector_size(W * sizeof(float))));
+  typedef std::uint32_t words __attribute__((vector_size(W * sizeof(float))));
+  typedef std::uint16_t halves
+      __attribute__((vector_size(W * sizeof(std::uint16_t)), aligned(2), may_alias));
 };
 
 template <int W>
@@ -23,9 +26,17 @@ HYDRA_INLINE void load(typename Vector<W>::type& v, const float* p) {
 }
 
 template <int W>
-HYDRA_INLINE void load_some(typename Vector<W>::type& v, const float* p, std::int64_t count) {
+HYDRA_INLINE void load(typename Vector<W>::type& v, const Bf16* p) {
+  v = (typename Vector<W>::type)(
+      __builtin_convertvector(
+          *reinterpret_cast<const typename Vector<W>::halves*>(p), typename Vector<W>::words)
+      << 16);
+}
+
+template <int W, class T>
+HYDRA_INLINE void load_some(typename Vector<W>::type& v, const T* p, std::int64_t count) {
   float all[W] = {};
-  for (std::int64_t i = 0; i < count; ++i) all[i] = p[i];
+  for (std::int64_t i = 0; i < count; ++i) all[i] = to_float(p[i]);
   load<W>(v, all);
 }
 
@@ -63,22 +74,23 @@ HYDRA_INLINE void sum_lanes(typename Vector<W>::type* sums) {
 }
 
 // Rows of x and rows of w, whose products are summed over `depth` columns.
+template <class T>
 struct Operands {
   const float* x;
   std::int64_t ldx;
-  const float* w;
+  const T* w;
   std::int64_t ldw;
   std::int64_t depth;
 };
 
 // sums[i * NR + j] += lanes of x row i times w row j; w rows past `rows` repeat the last.
-template <int W, int MR, int NR>
+template <int W, int MR, int NR, class T>
 HYDRA_INLINE void add_dots(
-    typename Vector<W>::type (&sums)[W], const Operands& o, std::int64_t m, std::int64_t n,
+    typename Vector<W>::type (&sums)[W], const Operands<T>& o, std::int64_t m, std::int64_t n,
     std::int64_t rows, bool ahead) {
   using V = typename Vector<W>::type;
   const float* x[MR];
-  const float* w[NR];
+  const T* w[NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) x[i] = o.x + (m + i) * o.ldx;
 #pragma GCC unroll 16
@@ -110,18 +122,19 @@ HYDRA_INLINE void add_dots(
   }
 }
 
+template <class T>
 struct Product {
-  Operands main, extra;  // extra.depth 0: none
-  const float* bias;     // of the outputs' columns, or none
+  Operands<T> main, extra;  // extra.depth 0: none
+  const float* bias;        // of the outputs' columns, or none
   float alpha;
   bool accumulate;
   float* y;
   std::int64_t ldy;
 };
 
-template <int W, int MR, int NR>
+template <int W, int MR, int NR, class T>
 HYDRA_INLINE void dot_tile(
-    const Product& p, std::int64_t m, std::int64_t n, std::int64_t last, bool ahead) {
+    const Product<T>& p, std::int64_t m, std::int64_t n, std::int64_t last, bool ahead) {
   typename Vector<W>::type sums[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) sums[i] = typename Vector<W>::type{};
@@ -143,9 +156,9 @@ HYDRA_INLINE void dot_tile(
 
 // Columns first to last - 1 of y for `rows` rows: MR rows of x by W / MR rows of w at a time, so
 // that a block of w is read from memory once and then from the L1 cache.
-template <int W, int MR>
+template <int W, int MR, class T>
 HYDRA_INLINE void product(
-    const Product& p, std::int64_t rows, std::int64_t first, std::int64_t last) {
+    const Product<T>& p, std::int64_t rows, std::int64_t first, std::int64_t last) {
   constexpr int NR = W / MR;
   for (std::int64_t n = first; n < last; n += W) {
     std::int64_t m = 0;
@@ -159,10 +172,10 @@ HYDRA_INLINE void product(
 }
 
 // NV vectors of columns from n on of MR rows, w (depth, columns).
-template <int W, int MR, int NV>
-HYDRA_INLINE void outer_tile(const Product& p, std::int64_t m, std::int64_t n) {
+template <int W, int MR, int NV, class T>
+HYDRA_INLINE void outer_tile(const Product<T>& p, std::int64_t m, std::int64_t n) {
   using V = typename Vector<W>::type;
-  const Operands& o = p.main;
+  const Operands<T>& o = p.main;
   V sums[MR][NV] = {};
   for (std::int64_t k = 0; k < o.depth; ++k) {
     V b[NV];
@@ -194,16 +207,16 @@ HYDRA_INLINE void outer_tile(const Product& p, std::int64_t m, std::int64_t n) {
   }
 }
 
-template <int W, int NV>
-HYDRA_INLINE void outer_rows(const Product& p, std::int64_t rows, std::int64_t n) {
+template <int W, int NV, class T>
+HYDRA_INLINE void outer_rows(const Product<T>& p, std::int64_t rows, std::int64_t n) {
   std::int64_t m = 0;
   for (; m + 4 <= rows; m += 4) outer_tile<W, 4, NV>(p, m, n);
   for (; m < rows; ++m) outer_tile<W, 1, NV>(p, m, n);
 }
 
-template <int W>
+template <int W, class T>
 HYDRA_INLINE void product_t(
-    const Product& p, std::int64_t rows, std::int64_t first, std::int64_t last) {
+    const Product<T>& p, std::int64_t rows, std::int64_t first, std::int64_t last) {
   constexpr int NV = W == 16 ? 4 : 2;  // with 4 rows, half of the vector registers
   std::int64_t n = first;
   for (; n + NV * W <= last; n += NV * W) outer_rows<W, NV>(p, rows, n);
@@ -212,7 +225,7 @@ HYDRA_INLINE void product_t(
     for (std::int64_t m = 0; m < rows; ++m) {
       float sum = 0.0f;
       for (std::int64_t k = 0; k < p.main.depth; ++k) {
-        sum += p.main.x[m * p.main.ldx + k] * p.main.w[k * p.main.ldw + n];
+        sum += p.main.x[m * p.main.ldx + k] * to_float(p.main.w[k * p.main.ldw + n]);
       }
       sum = p.alpha * sum + (p.bias == nullptr ? 0.0f : p.bias[n]);
       float* y = p.y + m * p.ldy + n;
@@ -221,19 +234,19 @@ HYDRA_INLINE void product_t(
   }
 }
 
-template <int W, bool kTransposed>
-HYDRA_INLINE void run_linear(Words words, int thread, int threads) {
-  Product p{};
+template <int W, bool kTransposed, class T>
+HYDRA_INLINE void linear_of(Words words, int thread, int threads) {
+  Product<T> p{};
   const std::int64_t rows = words.next(), columns = words.next();
   p.main.depth = words.next();
   p.main.x = words.address();
   p.main.ldx = words.next();
-  p.main.w = words.address();
+  p.main.w = words.address<T>();
   p.main.ldw = words.next();
   p.extra.depth = words.next();
   p.extra.x = words.address();
   p.extra.ldx = words.next();
-  p.extra.w = words.address();
+  p.extra.w = words.address<T>();
   p.extra.ldw = words.next();
   p.bias = words.address();
   p.y = words.address();
@@ -256,21 +269,30 @@ HYDRA_INLINE void run_linear(Words words, int thread, int threads) {
   }
 }
 
+template <int W, bool kTransposed>
+HYDRA_INLINE void run_linear(Words words, int thread, int threads) {
+  if (words.next() != 0) {
+    linear_of<W, kTransposed, Bf16>(words, thread, threads);
+  } else {
+    linear_of<W, kTransposed, float>(words, thread, threads);
+  }
+}
+
 // Attention of a few queries to keys and values, skipping what no query of a head sees
 
 // What a mask holds where nothing is seen: the lowest float32, or -inf.
 constexpr float kUnseen = -3.0e38f;
 
-template <int W>
-HYDRA_INLINE void run_attention(Words words, int thread, int threads, std::vector<float>& scratch) {
+template <int W, class T>
+HYDRA_INLINE void attention_of(Words words, int thread, int threads, std::vector<float>& scratch) {
   const std::int64_t batch = words.next(), heads = words.next(), kv_heads = words.next();
   const std::int64_t queries = words.next(), length = words.next(), width = words.next();
   const float* q = words.address();
   std::int64_t sq[3], sk[3], sv[3], sm[3], so[3];
   words.read(sq);
-  const float* k = words.address();
+  const T* k = words.address<T>();
   words.read(sk);
-  const float* v = words.address();
+  const T* v = words.address<T>();
   words.read(sv);
   const float* mask = words.address();
   words.read(sm);
@@ -301,7 +323,7 @@ HYDRA_INLINE void run_attention(Words words, int thread, int threads, std::vecto
       }
     }
     const std::int64_t seen = last - first, kv = h / (heads / kv_heads);
-    Product p{};
+    Product<T> p{};
     p.main = {
         q + b * sq[0] + h * sq[1], sq[2], k + b * sk[0] + kv * sk[1] + first * sk[2], sk[2], width};
     p.alpha = scale;
@@ -322,6 +344,15 @@ HYDRA_INLINE void run_attention(Words words, int thread, int threads, std::vecto
     p.y = out + b * so[0] + h * so[1];
     p.ldy = so[2];
     product_t<W>(p, queries, 0, width);
+  }
+}
+
+template <int W>
+HYDRA_INLINE void run_attention(Words words, int thread, int threads, std::vector<float>& scratch) {
+  if (words.next() != 0) {
+    attention_of<W, Bf16>(words, thread, threads, scratch);
+  } else {
+    attention_of<W, float>(words, thread, threads, scratch);
   }
 }
 

@@ -83,21 +83,33 @@ HYDRA_INLINE void run_rows(Words words, int thread, int threads) {
   }
 }
 
-HYDRA_INLINE void run_gather(Words words, int thread, int threads) {
+template <class T>
+HYDRA_INLINE void gather_of(Words words, int thread, int threads) {
   const std::int64_t count = words.next(), width = words.next();
   const auto* ids = words.address<std::int64_t>();
-  const float* from = words.address();
+  const T* from = words.address<T>();
   const std::int64_t stride = words.next();
   float* to = words.address();
   const Part part = part_of(count, 1, thread, threads);
   for (std::int64_t i = part.first; i < part.last; ++i) {
-    std::memcpy(
-        to + i * width, from + ids[i] * stride, static_cast<std::size_t>(width) * sizeof(float));
+    const T* row = from + ids[i] * stride;
+    float* out = to + i * width;
+#pragma omp simd
+    for (std::int64_t j = 0; j < width; ++j) out[j] = to_float(row[j]);
+  }
+}
+
+HYDRA_INLINE void run_gather(Words words, int thread, int threads) {
+  if (words.next() != 0) {
+    gather_of<Bf16>(words, thread, threads);
+  } else {
+    gather_of<float>(words, thread, threads);
   }
 }
 
 // to[first[i], second[i], ...] = from[i, ...]; the rest (3 dimensions) is copied.
-HYDRA_INLINE void run_put(Words words, int thread, int threads) {
+template <class T>
+HYDRA_INLINE void put_of(Words words, int thread, int threads) {
   const std::int64_t count = words.next();
   const auto* first = words.address<std::int64_t>();
   const std::int64_t step_first = words.next();
@@ -105,22 +117,30 @@ HYDRA_INLINE void run_put(Words words, int thread, int threads) {
   const std::int64_t step_second = words.next();
   std::int64_t sizes[3], st[3], sf[3];
   words.read(sizes);
-  float* to = words.address();
+  T* to = words.address<T>();
   words.read(st);
   const float* from = words.address();
   const std::int64_t step_from = words.next();
   words.read(sf);
   const Part part = part_of(count, 1, thread, threads);
   for (std::int64_t n = part.first; n < part.last; ++n) {
-    float* out = to + first[n] * step_first + (second == nullptr ? 0 : second[n] * step_second);
+    T* out = to + first[n] * step_first + (second == nullptr ? 0 : second[n] * step_second);
     const float* in = from + n * step_from;
     for (std::int64_t i = 0; i < sizes[0]; ++i) {
       for (std::int64_t j = 0; j < sizes[1]; ++j) {
         for (std::int64_t k = 0; k < sizes[2]; ++k) {
-          out[i * st[0] + j * st[1] + k * st[2]] = in[i * sf[0] + j * sf[1] + k * sf[2]];
+          from_float(in[i * sf[0] + j * sf[1] + k * sf[2]], out[i * st[0] + j * st[1] + k * st[2]]);
         }
       }
     }
+  }
+}
+
+HYDRA_INLINE void run_put(Words words, int thread, int threads) {
+  if (words.next() != 0) {
+    put_of<Bf16>(words, thread, threads);
+  } else {
+    put_of<float>(words, thread, threads);
   }
 }
 
@@ -157,6 +177,57 @@ HYDRA_INLINE double sum_blocks(const float* weights, std::int64_t n, float* bloc
   return total;
 }
 
+// What may be drawn of weights whose largest is 1; the others become 0. As filter_logprobs of
+// hydra_kernels/replay/draw.py.
+struct Filter {
+  std::int64_t top_k;
+  float top_p, min_p;
+
+  bool on(std::int64_t n) const { return (top_k > 0 && top_k < n) || top_p < 1.0f || min_p > 0.0f; }
+};
+
+inline void filter_weights(float* weights, std::int64_t n, const Filter& filter) {
+  std::vector<float> order;
+  const auto largest_first = [](float a, float b) { return a > b; };
+  if (filter.top_k > 0 && filter.top_k < n) {
+    order.assign(weights, weights + n);
+    std::nth_element(order.begin(), order.begin() + (filter.top_k - 1), order.end(), largest_first);
+    const float worst = order[static_cast<std::size_t>(filter.top_k - 1)];
+    for (std::int64_t i = 0; i < n; ++i) weights[i] = weights[i] < worst ? 0.0f : weights[i];
+  }
+  if (filter.top_p < 1.0f) {
+    order.assign(weights, weights + n);
+    double total = 0.0;
+    for (std::int64_t i = 0; i < n; ++i) total += weights[i];
+    // A token stays while those before it hold less than top_p: sorted no further than that.
+    const double needed = static_cast<double>(filter.top_p) * total;
+    double before = 0.0;
+    std::int64_t kept = 0;
+    for (std::int64_t done = 0, part = kBlock; done < n && before < needed; part *= 4) {
+      const std::int64_t end = std::min(n, done + part);
+      if (end < n) {
+        std::nth_element(order.begin() + done, order.begin() + end, order.end(), largest_first);
+      }
+      std::sort(order.begin() + done, order.begin() + end, largest_first);
+      for (; kept < end && before < needed; ++kept) {
+        before += order[static_cast<std::size_t>(kept)];
+      }
+      done = end;
+    }
+    const float least = order[static_cast<std::size_t>(std::max<std::int64_t>(kept, 1) - 1)];
+    std::int64_t equal = kept;  // of the least, the first in the vocabulary stay
+    for (std::int64_t i = 0; i < n; ++i) equal -= weights[i] > least ? 1 : 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (weights[i] < least || (weights[i] == least && equal-- <= 0)) weights[i] = 0.0f;
+    }
+  }
+  if (filter.min_p > 0.0f) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      weights[i] = weights[i] < filter.min_p ? 0.0f : weights[i];
+    }
+  }
+}
+
 HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<float>& scratch) {
   const std::int64_t rows = words.next(), n = words.next();
   const float* logits = words.address();
@@ -169,6 +240,10 @@ HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<flo
   float* drawn_logprobs = words.address();
   const float temperature = words.number();
   const bool sample = words.next() != 0;
+  Filter filter{};
+  filter.top_k = words.next();
+  filter.top_p = words.number();
+  filter.min_p = words.number();
   const std::int64_t late_from = words.next(), num_late = words.next();
   const std::int64_t* late = words.at;
   const auto needed = static_cast<std::size_t>(n + n / kBlock + 1);
@@ -199,6 +274,10 @@ HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<flo
     if (z == weights) {
 #pragma omp simd
       for (std::int64_t i = 0; i < n; ++i) weights[i] = fast_exp((weights[i] - drawn_top) * factor);
+      drawn = sum_blocks(weights, n, blocks);
+    }
+    if (filter.on(n)) {
+      filter_weights(weights, n, filter);
       drawn = sum_blocks(weights, n, blocks);
     }
     if (sample) {

@@ -7,8 +7,8 @@ call. Whatever was fixed when the function ran stays so: shapes, Python numbers,
 lies in tensors is read anew: a replay sees new weights and new inputs in the same tensors.
 """
 
-from hydra_kernels.replay.draw import draw_tokens, invert, without_early
+from hydra_kernels.replay.draw import draw_tokens, filter_logprobs
 from hydra_kernels.replay.lowering import NotReplayable
 from hydra_kernels.replay.record import Replay, unavailable
 
-__all__ = ["NotReplayable", "Replay", "draw_tokens", "invert", "unavailable", "without_early"]
+__all__ = ["NotReplayable", "Replay", "draw_tokens", "filter_logprobs", "unavailable"]

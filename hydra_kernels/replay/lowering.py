@@ -3,6 +3,9 @@
 Every tensor is a storage, an offset and strides, so a view costs nothing: it is the same storage
 seen otherwise. Storages that the function made itself live in one arena, each for as long as it is
 read; all others stay where they are.
+
+Numbers are computed in float32. What the function made in bfloat16 lies in the arena as float32, so
+that a replay rounds less than the function did; bfloat16 weights, keys and values stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _MAPS = (
 ).split()
 MAP_OPS = {name: number for number, name in enumerate(_MAPS)}
 _INT_MAPS = ("copy", "add", "sub", "mul")
-FLOAT, INT, INT_TO_FLOAT = range(3)
+FLOAT, INT, INT_TO_FLOAT, BF16_TO_FLOAT = range(4)
 
 # Below these an instruction is quicker on one thread than shared: a meeting of threads costs as
 # much as a few thousand multiply-adds.
@@ -110,20 +113,39 @@ class Lowering:
         storage = _storage(tensor)
         if storage not in self.made:
             self.outside.setdefault(storage, tensor)
-        return At(storage, int(tensor.storage_offset()) * tensor.element_size())
+        wide = storage in self.made and tensor.dtype == torch.bfloat16
+        return At(storage, int(tensor.storage_offset()) * (4 if wide else tensor.element_size()))
+
+    def is_float(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in memory as float32."""
+        made = _storage(tensor) in self.made
+        return tensor.dtype == torch.float32 or (made and tensor.dtype == torch.bfloat16)
+
+    def check_float(self, tensor: Tensor) -> None:
+        if not self.is_float(tensor):
+            raise _not_covered(tensor)
+
+    def in_halves(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in memory as bfloat16 and not as float32."""
+        if self.is_float(tensor):
+            return False
+        if tensor.dtype != torch.bfloat16:
+            raise _not_covered(tensor)
+        return True
 
     def makes(self, tensor: Tensor) -> Tensor:
         """Says that the function made ``tensor``, in a storage of its own."""
         if tensor.numel() and _storage(tensor) not in self.results:
-            self.made[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            wide = 2 if tensor.dtype == torch.bfloat16 else 1
+            self.made[_storage(tensor)] = wide * tensor.untyped_storage().nbytes()
         return tensor
 
     def floats(self, tensor: Tensor) -> Tensor:
-        """``tensor`` in float32, by an instruction where it is of integers."""
-        if tensor.dtype == torch.float32:
+        """``tensor`` in float32, by an instruction where it is something else."""
+        if self.is_float(tensor):
             return tensor
-        if tensor.dtype != torch.int64:
-            raise NotReplayable(f"{tensor.dtype}; float32 and int64 are covered")
+        if tensor.dtype not in (torch.int64, torch.bfloat16):
+            raise _not_covered(tensor)
         wide = self.new(tensor.shape)
         self.map("copy", wide, tensor)
         return wide
@@ -160,12 +182,12 @@ class Lowering:
 
     def map(self, name: str, out: Tensor, a: Tensor, b: Tensor | float | None = None) -> None:
         """out = name(a, b), elementwise with broadcasting."""
-        kind = _map_type(name, out, a, b)
+        kind = self._map_type(name, out, a, b)
         if kind is None:
             a = self.floats(a)
             b = self.floats(b) if isinstance(b, Tensor) else b
             kind = FLOAT
-            if out.dtype != torch.float32:
+            if not self.is_float(out):
                 raise NotReplayable(f"{name} to {out.dtype}")
         operands = [out, a.expand(out.shape)]
         if isinstance(b, Tensor):
@@ -182,6 +204,17 @@ class Lowering:
         words.append(bits(0.0 if b is None or isinstance(b, Tensor) else float(b)))
         self.add(MAP, out.numel() >= SHARED_ELEMENTS, words)
 
+    def _map_type(self, name: str, out: Tensor, a: Tensor, b: Any) -> int | None:
+        """How the instruction reads its operands; None where they have to be made floats first."""
+        tensors = [t for t in (out, a, b) if isinstance(t, Tensor)]
+        if all(self.is_float(t) for t in tensors):
+            return FLOAT
+        if {t.dtype for t in tensors} == {torch.int64}:
+            return INT if name in _INT_MAPS and not isinstance(b, float) else None
+        if name == "copy" and self.is_float(out):
+            return {torch.int64: INT_TO_FLOAT, torch.bfloat16: BF16_TO_FLOAT}.get(a.dtype)
+        return None
+
     def linear(
         self,
         x: Tensor,  # (*, K)
@@ -196,8 +229,9 @@ class Lowering:
         """y = alpha (x weight^T + extra[0] extra[1]^T) + bias, or y plus that."""
         x, rows, ldx = self.matrix(x)
         N, K = weight.shape
-        for tensor in (weight, y, *([] if bias is None else [bias])):
-            check_float(tensor)
+        self.check_float(y)
+        halves = self.in_halves(weight)
+        bias = None if bias is None else self.floats(bias)
         _, _, ldy = self.matrix(y)
         if bias is not None and bias.stride(0) != 1 and N > 1:
             raise NotReplayable("a bias that is not contiguous")
@@ -210,7 +244,7 @@ class Lowering:
         more: list[int | At] = [0, NOWHERE, 0, NOWHERE, 0]
         if extra is not None:
             s, b = extra
-            if opcode == LINEAR_T or b.stride(1) != 1:
+            if opcode == LINEAR_T or b.stride(1) != 1 or self.in_halves(b) != halves:
                 self.linear(s, b, y, bias=bias, alpha=alpha, accumulate=accumulate)
                 bias, accumulate = None, True
             else:
@@ -221,7 +255,7 @@ class Lowering:
             opcode,
             shared,
             [
-                *(rows, N, K),
+                *(int(halves), rows, N, K),
                 *(self.at(x), ldx, self.at(weight), ldw),
                 *more,
                 self.at(bias),
@@ -285,9 +319,8 @@ def bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
-def check_float(tensor: Tensor) -> None:
-    if tensor.dtype != torch.float32:
-        raise NotReplayable(f"{tensor.dtype}; float32 and int64 are covered")
+def _not_covered(tensor: Tensor) -> NotReplayable:
+    return NotReplayable(f"{tensor.dtype}; float32, bfloat16 and int64 are covered")
 
 
 def collapsed(
@@ -309,15 +342,3 @@ def collapsed(
             for m, h in zip(merged, here, strict=True):
                 m.append(h)
     return sizes, merged
-
-
-def _map_type(name: str, out: Tensor, a: Tensor, b: Any) -> int | None:
-    """How the instruction reads its operands; None where they have to be made floats first."""
-    dtypes = {t.dtype for t in (out, a, b) if isinstance(t, Tensor)}
-    if dtypes == {torch.float32}:
-        return FLOAT
-    if dtypes == {torch.int64} and name in _INT_MAPS and not isinstance(b, float):
-        return INT
-    if name == "copy" and out.dtype == torch.float32 and a.dtype == torch.int64:
-        return INT_TO_FLOAT
-    return None

@@ -27,7 +27,6 @@ from hydra_kernels.replay.lowering import (
     NotReplayable,
     Program,
     bits,
-    check_float,
     collapsed,
 )
 
@@ -149,7 +148,7 @@ def _cat(to: Lowering, node: Node) -> None:
 
 def _rows(to: Lowering, opcode: int, node: Node, out: Tensor, width: int, *more: Any) -> None:
     x = to.contiguous(node.args[0])
-    check_float(out)
+    to.check_float(out)
     weight, bias, eps = more or (None, None, 0.0)
     shared = x.numel() >= SHARED_ELEMENTS
     words: list[int | At] = [
@@ -185,8 +184,9 @@ def _softmax(to: Lowering, node: Node) -> None:
 def _layer_norm(to: Lowering, node: Node) -> None:
     _, shape, weight, bias, eps = node.args
     for tensor in (weight, bias):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise NotReplayable("a layer norm whose weight is not contiguous float32")
+        if tensor is not None and not tensor.is_contiguous():
+            raise NotReplayable("a layer norm whose weight is not contiguous")
+    weight, bias = (None if t is None else to.floats(t) for t in (weight, bias))
     out = to.makes(node.out[0])
     if not out.is_contiguous():
         raise NotReplayable("a layer norm that is not contiguous")
@@ -197,10 +197,10 @@ def _layer_norm(to: Lowering, node: Node) -> None:
 def _embedding(to: Lowering, node: Node) -> None:
     table, ids = node.args[:2]
     out = to.makes(node.out)
-    check_float(table)
     if ids.dtype != torch.int64 or not ids.is_contiguous() or table.stride(1) != 1:
         raise NotReplayable("an embedding whose ids or table are not contiguous")
     words: list[int | At] = [
+        int(to.in_halves(table)),
         ids.numel(),
         table.shape[1],
         to.at(ids),
@@ -225,7 +225,6 @@ def _put(to: Lowering, node: Node) -> None:
         or len({i.numel() for i in given}) > 1
     ):
         raise NotReplayable("an index_put with other than one or two lists of indices")
-    check_float(target)
     rest = [d for d in range(target.dim()) if d not in dims]
     count = given[0].numel()
     shape = [count, *(target.shape[d] for d in rest)]
@@ -236,7 +235,7 @@ def _put(to: Lowering, node: Node) -> None:
     if len(sizes) > 3:
         raise NotReplayable(f"an index_put of {len(sizes)} dimensions")
     pad = 3 - len(sizes)
-    words: list[int | At] = [count]
+    words: list[int | At] = [int(to.in_halves(target)), count]
     for n in range(2):
         there = n < len(dims)
         words += [to.at(given[n]) if there else NOWHERE, target.stride(dims[n]) if there else 0]
@@ -291,18 +290,20 @@ def _attention(to: Lowering, node: Node) -> None:
     kv_heads, length = k.shape[1:3]
     if dropout > 0.0 or causal or v.shape[3] != width:
         raise NotReplayable("causal attention, dropout in it, or values of another width")
-    q, k, v = (to.floats(t) for t in (q, k, v))
+    halves = to.in_halves(k)
+    if halves != to.in_halves(v):
+        k, v, halves = to.floats(k), to.floats(v), False
+    q = to.floats(q)
     out = to.makes(node.out[0])
     if any(t.stride(3) != 1 for t in (q, k, v, out)):
         raise NotReplayable("attention whose heads are not contiguous")
-    words: list[int | At] = [B, heads, kv_heads, queries, length, width]
+    words: list[int | At] = [int(halves), B, heads, kv_heads, queries, length, width]
     for tensor in (q, k, v):
         words += [to.at(tensor), *tensor.stride()[:3]]
     if mask is None:
         words += [NOWHERE, 0, 0, 0]
     else:
-        check_float(mask)
-        mask = mask.expand(B, heads, queries, length)
+        mask = to.floats(mask).expand(B, heads, queries, length)
         if mask.stride(3) != 1 and length > 1:
             raise NotReplayable("a mask of attention that is not contiguous")
         words += [to.at(mask), *mask.stride()[:3]]
@@ -313,9 +314,9 @@ def _attention(to: Lowering, node: Node) -> None:
 
 @_lowers(torch.ops.hydra.draw_tokens.default)
 def _draw_tokens(to: Lowering, node: Node) -> None:
-    logits, uniforms, columns, temperature, sample, late, late_from = node.args
+    logits, uniforms, columns, temperature, sample, late, late_from, top_k, top_p, min_p = node.args
     for tensor in (logits, uniforms):
-        check_float(tensor)
+        to.check_float(tensor)
         if tensor.stride(1) != 1:
             raise NotReplayable("a draw from logits or uniforms that are not contiguous")
     if columns.dtype != torch.int64 or not columns.is_contiguous():
@@ -324,5 +325,6 @@ def _draw_tokens(to: Lowering, node: Node) -> None:
     words: list[int | At] = [B, V, to.at(logits), logits.stride(0)]
     words += [to.at(uniforms), uniforms.stride(0), to.at(columns)]
     words += [to.at(to.makes(out)) for out in node.out]
-    words += [bits(temperature), int(sample), late_from, len(late), *late]
+    words += [bits(temperature), int(sample), top_k, bits(top_p), bits(min_p)]
+    words += [late_from, len(late), *late]
     to.add(DRAW, B * V >= SHARED_ELEMENTS, words)

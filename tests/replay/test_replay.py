@@ -343,6 +343,68 @@ def test_draws_as_pytorch_does(sample, vocabulary, threads):
     check(draw, logits, atol=1e-5)
 
 
+FILTERS = [
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10**6},
+    {"top_p": 1e-6},
+    {"top_p": 0.3},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 200, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 97, 5000])
+def test_filtered_draws_as_pytorch_does(settings, vocabulary, threads):
+    """Flat rows, whose top_p is past the first part that is sorted, and peaked ones."""
+    B = 24
+    scale = torch.logspace(-1.5, 1.0, B)[:, None]
+    logits, uniforms = scale * rows(B, vocabulary), torch.rand(B, 4)
+    columns = torch.arange(B)[:, None] % 4
+    late = tuple(t for t in DRAWS["late"] if t < vocabulary - 1)
+    for sample in (True, False):
+        options = {**DRAWS, "late": late, **settings}
+        replay = Replay(
+            lambda sample=sample, options=options: draw_tokens(
+                logits, uniforms, columns, sample=sample, **options
+            )
+        )
+        for _ in range(2):
+            expected = draw_tokens(logits, uniforms, columns, sample=sample, **options)
+            replay()
+            assert torch.equal(replay.outputs[0], expected[0])
+            torch.testing.assert_close(replay.outputs[1], expected[1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(replay.outputs[2], expected[2], rtol=1e-4, atol=1e-4)
+            logits.copy_(scale * torch.randn(logits.shape))
+
+
+def test_filters_and_equal_tokens():
+    """top_k keeps all that equal the last; top_p the first of them in the vocabulary."""
+    logits = torch.zeros(1, 8)
+    logits[0, 5] = 1.0
+    uniforms = torch.tensor([[1.0 - 2**-24]])
+    columns = torch.zeros(1, 1, dtype=torch.long)
+    p = torch.softmax(logits[0], -1)
+    top_p = float(p[5] + 2.5 * p[0])  # reached within the third of the equal ones: 5, 0, 1, 2
+    for settings, last, share in (
+        ({"top_k": 2}, 7, 1.0),
+        ({"top_p": top_p}, 5, float(p[5] + 3 * p[0])),
+        ({"top_k": 1}, 5, float(p[5])),
+    ):
+        replay = Replay(
+            lambda settings=settings: draw_tokens(logits, uniforms, columns, **settings)
+        )
+        replay.outputs[0].zero_()
+        replay()
+        token = int(replay.outputs[0])
+        assert token == last
+        expected = float(p[token]) / share
+        assert float(replay.outputs[2].exp()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_draws_of_the_likeliest_late_token():
     """It is far above the others, whose weights beside it are 0 in float32."""
     logits = torch.zeros(2, 6)

@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.peft import FusedLinear
-from hydra_kernels.replay import Replay, unavailable
+from hydra_kernels.replay import Replay, filter_logprobs, unavailable
 from hydra_rlhf.decode_state import Unsupported
 from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.rollout import Sampling, generate, pad_left
-from hydra_rlhf.token_choice import filter_logprobs
 from tests.rlhf.families import EOS, FAMILIES, PAD, VOCAB, make_lm, make_model
 
 # One token, one that fills the width, some between, more of them than rows at a time.
@@ -170,8 +169,8 @@ def allowed(p: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -
 def test_filters_together():
     torch.manual_seed(3)
     logprobs = torch.log_softmax(2 * torch.randn(6, 40), -1)
-    sampling = Sampling(9, 1.0, (4,), PAD, top_k=12, top_p=0.8, min_p=0.02)
-    got = filter_logprobs(logprobs, torch.zeros(6, 1, dtype=torch.long), sampling).exp()
+    columns = torch.zeros(6, 1, dtype=torch.long)
+    got = filter_logprobs(logprobs, columns, top_k=12, top_p=0.8, min_p=0.02).exp()
     for row in range(6):
         step = allowed(logprobs[row].exp(), top_k=12)
         step = allowed(allowed(step, top_p=0.8), min_p=0.02)
@@ -280,7 +279,7 @@ replayed = pytest.mark.skipif(not CAN_REPLAY, reason="the C++ extension is not b
 @replayed
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9, "top_p": 0.9}, {"min_response_length": 5}])
 def test_replay_samples_what_pytorch_does(settings):
-    """The same uniforms give the same tokens: filters run outside of the replay."""
+    """The same uniforms give the same tokens."""
     model = make_model("llama", ("joint",), trained=True)
     ids, mask = prompts()
     sampling = Sampling(20, 0.8, (EOS, 13), PAD, **settings)
@@ -322,7 +321,7 @@ def test_a_changed_model_is_recorded_anew(change):
 
 
 def test_what_cannot_be_replayed_runs_and_says_so_once(caplog):
-    model = make_model("llama").bfloat16()
+    model = make_model("llama").half()
     ids, mask = prompts()
     engine = RolloutEngine(model)
     with caplog.at_level(logging.WARNING):
@@ -330,7 +329,37 @@ def test_what_cannot_be_replayed_runs_and_says_so_once(caplog):
     assert torch.equal(outs[0].tokens, outs[1].tokens)
     (message,) = [r.getMessage() for r in caplog.records if "one PyTorch operation" in r.message]
     if CAN_REPLAY:
-        assert "torch.bfloat16" in message
+        assert "torch.float16" in message
+
+
+@replayed
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=["half", "float32"])
+def test_bfloat16_is_replayed(family, adapters, caplog):
+    """No farther from the same weights in float32 than PyTorch's bfloat16 operations are."""
+    if family != "llama" and adapters == torch.bfloat16:
+        return  # the adapters' layer is no family's
+    half = make_model(family, trained=True).bfloat16()
+    for name, parameter in half.base.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapters)
+    exact = make_model(family, trained=True)
+    exact.load_state_dict({n: t.float() for n, t in half.state_dict().items()})
+    ids, mask = prompts()
+    sampling = GREEDY._replace(do_sample=True, response_length=6, stop_ids=(VOCAB - 1,))
+    errors = []
+    for replay in (True, False):
+        engine = RolloutEngine(half, replay=replay)
+        out = engine(half, ids, mask, sampling, with_logprobs=True, seeds=range(7))
+        assert bool(engine._replays) == replay
+        assert engine._state.cache.pairs[0][0].dtype == torch.bfloat16
+        with torch.no_grad():
+            scored = exact.score(
+                out.query_responses, out.attention_mask, out.response_mask, roles=("actor",)
+            )
+        errors.append((out.logprobs - scored.logprobs)[out.response_mask].square().mean().sqrt())
+    assert errors[0] <= 1.1 * errors[1], errors
+    assert errors[0] < 0.1
 
 
 @replayed
