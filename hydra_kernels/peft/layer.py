@@ -107,6 +107,7 @@ class FusedLinear(lora.Linear):
             (type(base) not in BASES and not is_base(base))
             or not is_bare(base)
             or not (is_plain(weight) and is_plain(x))
+            or x.is_meta  # which torch does not tell about autocast
             or _has_any_global_hook()
         ):
             return None

@@ -290,6 +290,36 @@ def test_a_model_that_moved_has_its_ids_there():
     assert adapter_ids(model, ["one"])._ids.device.type == "meta"
 
 
+def test_ids_are_brought_to_a_layer_on_another_device():
+    model = make_fused(target_modules=["up_proj"]).to("meta")
+    layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+    x = torch.randn(3, 2, layer.in_features, device="meta")
+    for ids in (None, 1, torch.tensor([0, 1, -1])):
+        with adapter_ids(model, ids):
+            y = layer(x)
+        assert y.shape == (3, 2, layer.out_features)
+        assert y.device.type == "meta"
+
+
+def test_rows_that_are_not_those_of_the_sequences_are_refused():
+    """As those that a router sends to an expert: as many as three sequences could have."""
+    model = make_fused(target_modules=["up_proj"])
+    layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+    with adapter_ids(model, torch.tensor([0, 1, -1])):
+        y = layer(torch.randn(3, 4, layer.in_features))
+        layer(y.new_zeros(12, layer.in_features))
+        for rows in (4, 6, 24):
+            with pytest.raises(ValueError, match=r"\(3,\) is no leading part of .*beams"):
+                layer(y.new_zeros(rows, layer.in_features))
+    nothing = torch.zeros(0, dtype=torch.long)
+    with adapter_ids(model, nothing):
+        assert layer(torch.randn(0, 4, layer.in_features)).shape == (0, 4, layer.out_features)
+        layer(torch.randn(0, layer.in_features))
+    with pytest.raises(ValueError, match="no leading part"), adapter_ids(model, nothing):
+        layer._current.tokens = 4
+        layer(torch.randn(4, layer.in_features))
+
+
 def test_replicas_of_dataparallel_are_refused_ids():
     model = make_fused()
     layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
@@ -361,6 +391,13 @@ def test_an_adapter_that_a_layer_lacks_leaves_the_layer_alone():
     with adapter_ids(model, 0):
         first = model(tokens).logits
     torch.testing.assert_close(first, model(tokens).logits)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    ids = [0, 1, -1]
+    expected = by_pefts_adapters(model, tokens, ids)
+    with adapter_ids(model, torch.tensor(ids)):
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_threads_do_not_see_each_others_ids():

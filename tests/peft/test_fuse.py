@@ -8,12 +8,15 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import hydra_kernels.peft as hydra_peft
 from tests.peft.models import (
     adapter_gradients,
+    llama_config,
     make_base,
     make_config,
     make_model,
@@ -246,7 +249,37 @@ def replace_dropout(layer):
     layer.lora_dropout["default"] = nn.Tanh()
 
 
-@pytest.mark.parametrize("change", [add_hook, give_own_forward, hook_the_base, replace_dropout])
+def give_a_bias(layer):
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+
+
+def double_the_gradient(layer):
+    layer.lora_A["default"].register_full_backward_hook(
+        lambda module, dx, dy: dx if dx[0] is None else (dx[0] * 2,)
+    )
+
+
+def halve_the_bases_gradient(layer):
+    layer.base_layer.register_full_backward_pre_hook(lambda module, dy: (dy[0] / 2,))
+
+
+@pytest.mark.parametrize("change", [double_the_gradient, halve_the_bases_gradient])
+def test_hooks_of_the_backward_pass_run_pefts_code(change):
+    model = make_model("llama")
+    stock = copy.deepcopy(model)
+    hydra_peft.fuse(model)
+    plain = run(model, make_tokens())[1]
+    for layer in [m for m in [*stock.modules(), *model.modules()] if isinstance(m, lora.Linear)]:
+        change(layer)
+    tokens = make_tokens()
+    assert_same_run(model, stock, tokens)
+    changed = run(model, tokens)[1]
+    assert any(not torch.allclose(changed[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    "change", [add_hook, give_own_forward, hook_the_base, replace_dropout, give_a_bias]
+)
 def test_changed_submodules_run_pefts_code(change):
     plain = make_model()
     stock = copy.deepcopy(plain)
@@ -282,6 +315,29 @@ def test_variants_and_biases_run_pefts_code(kwargs):
         rows.append(stock(tokens[2:]).logits)
     with hydra_peft.adapter_ids(fused, torch.tensor([0, 1, -1])):
         torch.testing.assert_close(fused(tokens).logits, torch.cat(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_ids_of_what_pefts_code_runs_keep_its_dtypes():
+    """Biases of float32 adapters over bfloat16: the adapter in float32, the layer in bfloat16."""
+    config = make_config(lora_bias=True, target_modules=["fc1"])
+    model = get_peft_model(make_base("opt").bfloat16(), config, adapter_name="one")
+    model.add_adapter("two", config)
+    randomize(model)
+    stock = copy.deepcopy(model)
+    hydra_peft.fuse(model)
+    layer, other = (
+        next(m for m in each.modules() if isinstance(m, lora.Linear)) for each in (model, stock)
+    )
+    assert layer.lora_A["one"].weight.dtype == torch.float32
+    x = torch.randn(3, 2, layer.in_features, dtype=torch.bfloat16)
+    expected = [layer.base_layer(x)]
+    for name in ("one", "two"):
+        other.set_adapter(name)
+        expected.append(other(x))
+    with hydra_peft.adapter_ids(model, torch.tensor([-1, 0, 1])):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, torch.stack([expected[i][i] for i in range(3)]))
 
 
 def test_merged_disabled_and_named_adapters_are_pefts():
@@ -336,6 +392,35 @@ def test_float32_adapters_over_a_bfloat16_base(autocast):
         assert gradient.dtype == torch.float32
         difference = gradient - expected_gradients[name]
         assert difference.norm() < 0.1 * expected_gradients[name].norm()
+
+
+def test_dtypes_that_pefts_layers_refuse_are_refused():
+    stock = get_peft_model(make_base("llama").bfloat16(), make_config())
+    fused = copy.deepcopy(stock)
+    hydra_peft.fuse(fused)
+    for model in (stock, fused):
+        layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.randn(3, layer.in_features))
+        x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+        layer(x)
+        with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+
+
+def test_a_word_embedding_tied_to_an_adapted_head():
+    config = llama_config()
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    stock = get_peft_model(
+        LlamaForCausalLM(config), make_config(target_modules=["lm_head", "q_proj"])
+    )
+    base = stock.get_base_model()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+    randomize(stock)
+    fused = copy.deepcopy(stock)
+    assert len(hydra_peft.fuse(fused).taken) == 3
+    assert_same_run(fused, stock, make_tokens())
 
 
 def test_every_layer_of_a_tied_transposed_or_strided_weight():

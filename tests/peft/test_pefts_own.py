@@ -281,6 +281,20 @@ def test_dropout_is_off_in_evaluation():
     assert_same(stock.eval(), fused.eval())
 
 
+def test_each_of_several_active_adapters_draws_its_own_mask():
+    """The second undoes the first; what their masks differ in is left."""
+    model = make_model("llama", ("one", "two"), r=4, target_modules=["q_proj"], lora_dropout=0.5)
+    hydra_peft.fuse(model)
+    layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+    with torch.no_grad():
+        layer.lora_A["two"].weight.copy_(layer.lora_A["one"].weight)
+        layer.lora_B["two"].weight.copy_(-layer.lora_B["one"].weight)
+    layer.set_adapter(["one", "two"])
+    x = torch.randn(5, layer.in_features)
+    torch.testing.assert_close(layer.eval()(x), layer.base_layer(x))
+    assert (layer.train()(x) - layer.base_layer(x)).abs().max() > 0.1
+
+
 def test_adapters_drop_with_their_own_probabilities():
     stock, fused = both(lora_dropout=0.0)
     for layer in fused.modules():

@@ -278,6 +278,15 @@ def test_no_group_under_dropout_whose_masks_differ_by_layer(groups):
     assert groups == [3]
 
 
+def test_no_group_where_its_first_layer_alone_has_dropout(groups):
+    block = make_block().train()
+    block.q.lora_dropout["default"] = nn.Dropout(1.0)
+    hydra_peft.fuse(block)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(block(x)[:, :8], block.q.base_layer(x).tanh())
+    assert groups == []
+
+
 def test_a_layer_called_from_elsewhere_leads_no_group(groups):
     block = make_block()
     hydra_peft.fuse(block)
