@@ -7,11 +7,25 @@ import functools
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness, tables
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    """A number above 0, as argparse takes it."""
+
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return number
+
+    parse.__name__ = kind.__name__  # what argparse says where ``kind`` refuses the text
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,10 +40,12 @@ def parser() -> argparse.ArgumentParser:
                    default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="few shapes and few rounds")
     p.add_argument(
-        "--rounds", type=int, help="samples a row (default: 50, quick 10, by time fewer)"
+        "--rounds", type=_positive(int), help="samples a row (default: 50, quick 10, by time fewer)"
     )
-    p.add_argument("--threads", type=int, help="torch's threads")
-    p.add_argument("--limit", type=float, help="seconds after which the rest is 'not reached'")
+    p.add_argument("--threads", type=_positive(int), help="torch's threads")
+    p.add_argument(
+        "--limit", type=_positive(float), help="seconds after which the rest is 'not reached'"
+    )
     p.add_argument("--json", type=Path, metavar="OUT", help="append the records, one a line")
     p.add_argument("--compare", type=Path, metavar="OLD", help="print ratios to these records")
     p.add_argument("--show", type=Path, metavar="FILE", help="take records from FILE, run nothing")
@@ -50,9 +66,22 @@ def main(argv: list[str] | None = None) -> int:
     known = _known()
     if unknown := [op for op in args.op if op not in known]:
         p.error(f"no benchmark of {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+    asked = [b for name in args.op or known for b in known[name] if not hasattr(b, "run")]
+    for option, given, found in (
+        ("mode", args.mode, {mode for b in asked for mode in b.MODES}),
+        ("row", args.row, {row for b in asked for row in harness.rows_of(b, args.device)}),
+    ):
+        if unknown := [name for name in given if name not in found]:
+            p.error(f"no {option} {', '.join(unknown)} (known: {', '.join(sorted(found))})")
     if args.list:
         _list(args, known)
         return 0
+    if args.json and not (args.show or args.list):
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()
+        except OSError as error:
+            p.error(f"--json: {error}")
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -83,8 +112,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
     """The records, and 130 where the run was stopped, by the keyboard or by SIGTERM."""
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.limit if args.limit else float("inf")
     effort = harness.QUICK if args.quick else harness.FULL
     if args.rounds:

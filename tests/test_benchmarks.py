@@ -306,6 +306,14 @@ def test_the_command_runs_writes_and_compares(tmp_path, capsys):
     [
         (["--op", "nothing"], "no benchmark of nothing (known: "),
         (["--compare", "missing.jsonl"], "missing.jsonl"),
+        (["--op", "gae", "--row", "nothing"], "no row nothing (known: "),
+        (["--op", "gae", "--mode", "fwd+bwd"], "no mode fwd+bwd (known: fwd)"),
+        (["--rounds", "0"], "--rounds: 0 is not above 0"),
+        (["--threads", "-1"], "--threads: -1 is not above 0"),
+        (["--limit", "0"], "--limit: 0 is not above 0"),
+        (["--limit", "soon"], "--limit: invalid float value: 'soon'"),
+        (["--op", "gae", "--json", os.devnull + "/out"], "--json: "),
+        (["--op", "gae", "--json", "."], "--json: [Errno 21] Is a directory"),
     ],
 )
 def test_bad_arguments_are_one_line(args, said, capsys):

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,6 +133,37 @@ def test_a_part_is_stopped_at_its_limit_and_the_next_one_runs(driver, tmp_path):
     pid = int((out / "child").read_text())
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "zombie" in status.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_sums_up_what_there_is(driver, capsys, number):
+    """By the keyboard, or by whoever lent the machine."""
+    stops = f"import os, time\nos.kill(os.getppid(), {int(number)})\ntime.sleep(60)\n"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, summary, out = driver({"build": "print('built')\n", "tests": stops, "ops": "1\n"})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 1
+    assert [p["status"] for p in summary["parts"]] == ["ok", "interrupted"]
+    assert "tests      interrupted" in capsys.readouterr().out
+    assert (out / "gpu_check.csv").exists()
+
+
+def test_being_stopped_is_within_the_limit(driver, check, monkeypatch):
+    """Five parts that all hang still end within the nine minutes."""
+    monkeypatch.setattr(check.main, "GRACE", 3.0)
+    stubborn = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)\n"
+    _, summary, _ = driver({"tests": stubborn}, limits={"tests": 6})
+    (part,) = summary["parts"]
+    assert part["status"] == "out of time" and part["seconds"] < 6.9
+
+
+def test_a_part_that_crashes_is_a_failed_one(driver):
+    crash = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    code, summary, _ = driver({"build": crash, "tests": "print('ran')\n"})
+    assert code == 1
+    assert [(p["status"], p["code"]) for p in summary["parts"]] == [("failed", -11), ("ok", 0)]
 
 
 def test_time_that_is_left_goes_to_the_next_part(driver):

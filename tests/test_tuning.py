@@ -126,6 +126,19 @@ def test_a_malformed_table_is_named(text):
         choose()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[{", r"table\.json: not JSON: "),
+        (json.dumps([row(N=[1, 9])]), "toy: a tuning row asks for N, the kernel has M"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(text, said):
+    tuning._TABLE.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        choose()
+
+
 def test_the_packages_table_is_well_formed():
     shipped = tuning.read(tuning.Path(tuning.__file__).with_suffix(".json"))
     for found in shipped:

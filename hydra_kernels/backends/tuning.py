@@ -129,7 +129,10 @@ def _rows(path: str | None) -> list[dict[str, Any]]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    rows = json.loads(file.read_text())
+    try:
+        rows = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
     keys = {"kernel", "arch", "when", "config"}
     for row in rows if isinstance(rows, list) else [rows]:
         if not isinstance(row, dict) or set(row) != keys:
@@ -145,6 +148,11 @@ def _lookup(
     for row in _rows(path):
         if row["kernel"] == kernel and row["arch"] == arch:
             ranges = row["when"].items()
+            if unknown := [name for name in row["when"] if name not in given]:
+                raise ValueError(
+                    f"{kernel}: a tuning row asks for {', '.join(unknown)}, "
+                    f"the kernel has {', '.join(given)}"
+                )
             if all(low <= given[name] <= high for name, (low, high) in ranges):
                 return row["config"]
     return None

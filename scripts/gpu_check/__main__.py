@@ -25,7 +25,7 @@ import tree
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "gpu_check"
-#: 8 minutes 40 in all, which leaves 20 seconds for the copy and the summary.
+#: 8 minutes 40 in all, stopping included; 20 seconds are left for the copy and the summary.
 LIMITS = {"build": 100, "tests": 130, "sanitizer": 40, "ops": 150, "ppo": 100}
 #: Eight files in all, so two parts share one.
 LOGS = {"build": "build.log", "tests": "tests.log", "sanitizer": "sanitizer.log",
@@ -38,7 +38,7 @@ MAX_LOG = 4 * 2**20
 @dataclass
 class Part:
     name: str
-    status: str  # "ok", "failed", "out of time"
+    status: str  # "ok", "failed", "out of time", "interrupted"
     seconds: float
     limit: float
     code: int
@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help=says)
     args = parser.parse_args(argv)
     # A background job of a shell ignores SIGINT, and its children would: parts are stopped by it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Either signal ends the run with the summary of what there is.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     out = Path(os.environ.get("GPU_CHECK_CALLED_FROM", "."), args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in report.FILES:
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         saved = max(0.0, limit - part.seconds)  # what one part leaves, the next may use
         parts.append(part)
         print(f"== {name}: {part.status} after {part.seconds:.0f} s", flush=True)
+        if part.status == "interrupted":
+            break
     ran = [asdict(part) for part in parts]
     junit = copy / "build" / "tests.xml"
     summary = report.collect(out, ran, junit, env["HYDRA_COMMIT"], args.dry_run)
@@ -119,13 +123,12 @@ def run(name: str, limit: float, out: Path, copy: Path, env: dict[str, str], dry
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(limit)
+            code = process.wait(max(1.0, limit - GRACE))
             status = "ok" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             code, status = stop(process), "out of time"
         except KeyboardInterrupt:
-            stop(process)
-            raise
+            code, status = stop(process), "interrupted"
     text = log.read_bytes()
     if len(text) > MAX_LOG:
         text = text[: MAX_LOG // 2] + b"\n[...]\n" + text[-MAX_LOG // 2 :]

@@ -30,7 +30,7 @@ from hydra_rlhf.model import HydraModel
 
 METHODS = ("lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo")
 OP = "ppo_methods"
-SPARE = 10  # seconds of the part's limit for the last record
+SPARE = 16  # seconds of the part's limit for the last record and being stopped
 LLAMA_7B = dict(
     vocab_size=32000,
     hidden_size=4096,
