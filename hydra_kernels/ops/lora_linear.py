@@ -295,6 +295,8 @@ def _pairs(
 
 
 def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
+    if type(scaling) is float:
+        return (scaling,) * n
     if isinstance(scaling, Tensor):
         scaling = scaling.detach()
         return (scaling,) * n if scaling.dim() == 0 else tuple(scaling)

@@ -136,7 +136,8 @@ class _LoraLinear(torch.autograd.Function):
         need = ctx.needs_input_grad[4:]
         p = len(dys)
         tensors = (*rest[:p], *(None,) * p, *rest[p:])
-        if dys.count(None) == p:
+        unread = [i for i in range(p) if dys[i] is None]  # not count(), which compares tensors
+        if len(unread) == p:
             return (None,) * (5 + len(tensors))
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -146,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
                 )
         else:
             dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
-        if any(dy is None for dy in dys):
+        if unread:
             unused = [
                 dy is None for dy, n in zip(dys, ctx.plan.counts, strict=True) for _ in range(n)
             ]

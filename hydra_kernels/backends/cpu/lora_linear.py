@@ -1,11 +1,11 @@
 """LoRA linear layers on a CPU: torch's BLAS for the wide products, C++ for the adapters.
 
-csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and the wide product is added
-to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy
-from memory once for all the small products. Where every row has the same adapter, nothing is
-dropped and there are enough rows, W + scale B A is made in scratch memory instead: that passes over
-W and not over x and y. float64, and rows too few to be worth packing factors for, are BLAS's: see
-lora_blas.py.
+csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and adds the wide product to it,
+by the BLAS that is torch's (see _multiplies); what that cannot do, torch does. It sorts the rows by
+their id, so that a row costs its own adapters alone, and takes x and dy from memory once for all
+the small products. Where every row has the same adapter, nothing is dropped and there are enough
+rows, W + scale B A is made in scratch memory instead: that passes over W and not over x and y.
+float64, and rows too few to be worth packing factors for, are BLAS's: see lora_blas.py.
 
 s is not saved for backward but computed again while x is in the cache for dA.
 """
@@ -82,29 +82,23 @@ def fwd(
             _merged_product(x, weight, bias, *_of_projection(a, b, plan, p))
             for p, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ], None
-    if (
-        ids is None
-        and len(weights) == len(a) == 1
-        and plan.dropout == 0.0
-        and x.dtype is a[0].dtype is _FLOAT
-    ):
-        # BLAS: as bound by memory as C++ would be here, and less to do in Python.
-        y = F.linear(x, weights[0], biases[0])
-        return [y.addmm_(torch.mm(x, a[0].t()), b[0].t(), alpha=plan.scales[0])], None
     ys = []
     projections: list[int] = []
     for weight, bias in zip(weights, biases, strict=True):
         n = weight.shape[0]
         y = torch.empty((x.shape[0], n), dtype=x.dtype)
         ys.append(y)
+        left = not _multiplies(x, weight)
         projections += (n, y.data_ptr(), n, 0 if bias is None else bias.data_ptr())
+        projections += (0, 0) if left else (weight.data_ptr(), weight.stride(0))
         if bias is not None and n > 1 and bias.stride(0) != 1:
             return fwd(x, weights, [_contiguous(t) for t in biases], a, b, plan, ids, seed)
     arguments = _arguments(x, a, b, (), (), projections, plan, ids, seed)
     if not extension.module.lora_linear_fwd_cpu(*arguments):  # type: ignore[union-attr]
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)], None
-    for y, weight in zip(ys, weights, strict=True):
-        y.addmm_(x, weight.t())
+    for p, (y, weight) in enumerate(zip(ys, weights, strict=True)):
+        if projections[6 * p + 4] == 0:
+            y.addmm_(x, weight.t())
     return ys, None
 
 
@@ -151,13 +145,17 @@ def bwd(
     merges = need_x and ids is None and _merges(x, weights, a, plan)
     dx = torch.empty(x.shape, dtype=x.dtype) if need_x else None
     flat = [None if dy is None else _rows(dy) for dy in dys]
+    projections: list[int] = []
     if need_a or need_b or (need_x and not merges):
-        projections: list[int] = []
         for dy, weight in zip(flat, weights, strict=True):
             if dy is None:
-                projections += (weight.shape[0], 0, 0, 0)
+                projections += (weight.shape[0], 0, 0, 0, 0, 0)
+                continue
+            projections += (dy.shape[1], dy.data_ptr(), dy.stride(0), 0)
+            if need_x and not merges and _multiplies(dy, weight):
+                projections += (weight.data_ptr(), weight.stride(0))
             else:
-                projections += (dy.shape[1], dy.data_ptr(), dy.stride(0), 0)
+                projections += (0, 0)
         arguments = _arguments(x, a, b, das, dbs, projections, plan, ids, seed)
         if not extension.module.lora_linear_bwd_cpu(  # type: ignore[union-attr]
             *arguments, 0 if dx is None or merges else dx.data_ptr()
@@ -171,7 +169,7 @@ def bwd(
             if merges:
                 _add_merged_product(dx, fresh, dy, weight, *_of_projection(a, b, plan, p))
                 fresh = False
-            else:
+            elif projections[6 * p + 4] == 0:
                 dx.addmm_(dy, weight)
     return dx, das, dbs
 
@@ -196,6 +194,26 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
     )
 
 
+_precision_of = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch 2.9 and later
+
+
+def _multiplies(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the extension multiplies them, by the BLAS that torch.mm takes, to the same bits.
+
+    It saves the way through torch, which is long after a product has emptied the caches.
+    """
+    if not extension.has_blas or rows.dtype is not _FLOAT or weight.dtype is not _FLOAT:
+        return False
+    columns = weight.stride()
+    if columns[1] != 1 or columns[0] < weight.shape[1] or rows.stride(0) < rows.shape[1]:
+        return False
+    if weight.numel() == 0 or rows.shape[0] == 0:
+        return False
+    if _precision_of is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return _precision_of("mkldnn", "matmul") in ("none", "ieee")
+
+
 # ---- merged weights
 
 
@@ -211,25 +229,11 @@ def _merges(x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], plan: Pla
     return True
 
 
-def _merged(
-    weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]
-) -> Tensor:
-    """W + sum of scale B A, in memory that the thread's next call takes again."""
-    n, k = weight.shape
+def _scratch(n: int, k: int) -> Tensor:
+    """(n, k) of memory that the thread's next call takes again."""
     views = _local.__dict__.setdefault("views", {})  # of the thread's scratch, by their shape
-    merged = views.get((n, k))
-    if merged is None:
-        merged = _view_of_scratch(views, n, k)
-    extension.module.lora_linear_merge_cpu(  # type: ignore[union-attr]
-        weight.data_ptr(),
-        weight.stride(0),
-        n,
-        k,
-        _factors(a, b, (), (), (len(a),), (0,) * len(a)),
-        scales,
-        merged.data_ptr(),
-    )
-    return merged
+    found = views.get((n, k))
+    return _view_of_scratch(views, n, k) if found is None else found
 
 
 def _view_of_scratch(views: dict[tuple[int, int], Tensor], n: int, k: int) -> Tensor:
@@ -257,7 +261,14 @@ def _merged_product(
     b: Sequence[Tensor],
     scales: Sequence[float],
 ) -> Tensor:
-    return F.linear(x, _merged(weight, a, b, scales) if a else weight, bias)
+    """x (W + sum of scale B A)^T + bias."""
+    if not a:
+        return F.linear(x, weight, bias)
+    if not _multiplies(x, weight) or not (bias is None or bias.stride(0) == 1):
+        return F.linear(x, _merge(weight, a, b, scales), bias)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=_FLOAT)
+    _merge(weight, a, b, scales, x, bias, False, False, y)
+    return y
 
 
 def _add_merged_product(
@@ -269,11 +280,48 @@ def _add_merged_product(
     b: Sequence[Tensor],
     scales: Sequence[float],
 ) -> None:
-    merged = _merged(weight, a, b, scales) if a else weight
+    """dx += dy (W + sum of scale B A); without the +, where it is fresh."""
+    if a and _multiplies(dy, weight):
+        _merge(weight, a, b, scales, dy, None, True, not fresh, dx)
+        return
+    merged = _merge(weight, a, b, scales) if a else weight
     if fresh:
         torch.mm(dy, merged, out=dx)
     else:
         dx.addmm_(dy, merged)
+
+
+def _merge(
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    backward: bool = False,
+    adds: bool = False,
+    product: Tensor | None = None,
+) -> Tensor:
+    """W + sum of scale B A, in scratch memory; and its product with rows, if there are any."""
+    n, k = weight.shape
+    merged = _scratch(n, k)
+    extension.module.lora_linear_merged_cpu(  # type: ignore[union-attr]
+        weight.data_ptr(),
+        weight.stride(0),
+        n,
+        k,
+        _factors(a, b, (), (), (len(a),), (0,) * len(a)),
+        scales,
+        merged.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        0 if rows is None else rows.stride(0),
+        0 if rows is None else rows.shape[0],
+        0 if bias is None else bias.data_ptr(),
+        backward,
+        adds,
+        0 if product is None else product.data_ptr(),
+    )
+    return merged
 
 
 # ---- what the extension takes
