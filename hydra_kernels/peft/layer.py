@@ -26,8 +26,8 @@ class FusedLinear(lora.Linear):
 
     PEFT's own forward runs, unchanged, for a merged or disabled layer, ``adapter_names``, variants
     (DoRA, aLoRA, ...), biases of lora_B, several active adapters under dropout, a base that is not
-    exactly ``nn.Linear`` or ``Conv1D`` or has a tensor subclass for a weight, and hooks or an
-    instance's own forward on a submodule.
+    exactly ``nn.Linear`` or ``Conv1D`` or has a tensor subclass for a weight, hooks or an
+    instance's own forward on a submodule, tensors on meta, and within torch.func's transforms.
     """
 
     # Shadowed on the instance when the model is first given ids.
@@ -109,6 +109,7 @@ class FusedLinear(lora.Linear):
             or not (is_plain(weight) and is_plain(x))
             or x.is_meta  # which torch does not tell about autocast
             or _has_any_global_hook()
+            or (_are_functorch_transforms_active() and not torch.compiler.is_compiling())
         ):
             return None
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -257,6 +258,8 @@ class FusedLinear(lora.Linear):
         return result.to(dtype)
 
 
+# torch.func's transforms see through plain operators, not through the fused ones.
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 # PEFT 0.17 knows no arguments of variants.
 _VARIANT_KWARGS = getattr(lora.layer, "VARIANT_KWARG_KEYS", ())
 _ALORA: type | tuple = getattr(variants, "ALoraLinearVariant", ())  # nor has PEFT 0.17

@@ -107,7 +107,6 @@ class Group:
             or x.numel() < LEAST_NUMEL
             or (ids is not None and ids is not layer._current.ids)  # made for this call alone
             or x.is_inference()  # without versions a change of x would not be seen
-            or torch._C._are_functorch_transforms_active()
             or not self._called_by_parent()
         ):
             return None

@@ -1,4 +1,7 @@
-"""Which adapter runs on which row: in training, recomputed, compiled, and in other threads."""
+"""Which adapter runs on which row: in training, recomputed, compiled, and in other threads.
+
+Past 500 lines: what every case needs, a fused model and PEFT's logits row by row, stands here once.
+"""
 
 import copy
 import gc
@@ -182,7 +185,13 @@ def test_contexts_nest_and_end_by_an_exception():
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [(2, "between -1 and 1, got 2"), (-2, "got -2"), (torch.tensor([0.0]), "integers")],
+    [
+        (2, "between -1 and 1, got 2"),
+        (-2, "got -2"),
+        (torch.tensor([0.0]), "integers"),
+        (torch.tensor([True]), "integers"),
+        (torch.tensor([0, 2]), "adapter_ids"),
+    ],
     ids=str,
 )
 def test_refusals_at_entry(ids, message):
@@ -375,6 +384,20 @@ def test_adapters_added_later_have_ids():
         second = model(tokens).logits
     model.base_model.set_adapter("two")
     torch.testing.assert_close(second, model(tokens).logits)
+
+
+def test_a_layer_that_was_put_in_later_has_ids_after_fuse():
+    model = make_fused()
+    tokens = make_tokens()
+    stock = copy.deepcopy(model)
+    hydra_peft.unfuse(stock)
+    with adapter_ids(model, 1):
+        expected = model(tokens).logits
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj = stock.get_base_model().model.layers[0].self_attn.q_proj
+    hydra_peft.fuse(model)
+    with adapter_ids(model, 1):
+        torch.testing.assert_close(model(tokens).logits, expected)
 
 
 def test_an_adapter_that_a_layer_lacks_leaves_the_layer_alone():

@@ -86,12 +86,16 @@ def test_two_active_adapters_add_up(name):
 def test_unfuse_gives_pefts_class_back():
     model = make_model()
     layers = {n: type(m) for n, m in model.named_modules()}
+    model.gradient_checkpointing_enable()
+    checkpoints = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     hydra_peft.fuse(model)
     assert {n: type(m) for n, m in model.named_modules()} != layers
     with hydra_peft.adapter_ids(model, 0):
         model(make_tokens())
     hydra_peft.unfuse(model)
     assert {n: type(m) for n, m in model.named_modules()} == layers
+    after = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
+    assert after == checkpoints and any(after)
     assert not any(
         key in vars(m)
         for m in model.modules()

@@ -9,7 +9,12 @@ from peft import LoraConfig, PeftModel, __version__, get_peft_model
 from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import hydra_kernels.peft as hydra_peft
 from tests.peft.models import (
@@ -22,6 +27,15 @@ from tests.peft.models import (
 )
 
 PEFT_VERSION = Version(__version__)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
 
@@ -216,6 +230,30 @@ def test_a_parameter_as_target_is_pefts(way):
     assert len(report.taken) == 1 and len(report.left) == 1
     x = torch.randn(3, 6)
     torch.testing.assert_close(fused(x), stock(x))
+
+
+@WAYS
+def test_a_mixture_of_experts(way):
+    """Its experts are parameters, which PEFT's code adapts beside the fused attention."""
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(
+        MixtralConfig(
+            **{k: v for k, v in llama_config().to_dict().items() if k in SIZES},
+            num_local_experts=3,
+            num_experts_per_tok=2,
+        )
+    )
+    name = next(n for n, _ in base.named_parameters() if n.endswith("experts.down_proj"))
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], target_parameters=[name.split("layers.0.")[1]]
+    )
+    stock = get_peft_model(copy.deepcopy(base), config)
+    randomize(stock)
+    fused, report = wrap(way, base, config)
+    fused.load_state_dict(stock.state_dict())
+    assert len(report.taken) == 4
+    assert way == "register" or len(report.left) == 2
+    assert_same(stock.eval(), fused.eval())
 
 
 @WAYS

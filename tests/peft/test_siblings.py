@@ -1,15 +1,20 @@
-"""Layers that read the same input run as one group, where that is certain, and compute the same."""
+"""Layers that read the same input run as one group, where that is certain, and compute the same.
+
+Past 500 lines: one block, and one count of the groups that ran, serve all the cases.
+"""
 
 import copy
 import gc
 import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import hydra_kernels.peft as hydra_peft
 from hydra_kernels.peft import siblings
@@ -177,10 +182,14 @@ def activate_none(block, x):
     block.v.set_adapter([])
 
 
+def freeze(block, x):
+    block.v.lora_B.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     "change",
     [scale_input, scale_weight, replace_weight, scale_base, set_scaling, disable, merge, add_hook,
-     activate_none],
+     activate_none, freeze],
 )  # fmt: skip
 def test_a_change_between_siblings_is_seen(change, groups):
     block = make_block()
@@ -199,7 +208,7 @@ def test_a_change_between_siblings_is_seen(change, groups):
     assert groups == [3]
 
 
-@pytest.mark.parametrize("how", ["ids", "no_grad", "autocast"])
+@pytest.mark.parametrize("how", ["ids", "a tensor", "in place", "both", "no_grad", "autocast"])
 def test_ids_and_modes_changed_between_siblings_are_seen(how, groups):
     config = make_config(target_modules=["q", "k", "v"], task_type=None)
     model = get_peft_model(Block(), config, adapter_name="one")
@@ -208,15 +217,35 @@ def test_ids_and_modes_changed_between_siblings_are_seen(how, groups):
     hydra_peft.fuse(model)
     block = model.get_base_model()
     x = torch.randn(3, 6)
+    ids = torch.zeros(3, dtype=torch.long)
+
+    @contextmanager
+    def in_place():
+        ids.fill_(1)
+        yield
+        ids.zero_()
+
+    @contextmanager
+    def both():
+        block.v.set_adapter(["one", "two"])
+        yield
+
     change = {
         "ids": hydra_peft.adapter_ids(model, 1),
+        "a tensor": hydra_peft.adapter_ids(model, torch.ones_like(ids)),
+        "in place": in_place(),
+        "both": both(),
         "no_grad": torch.no_grad(),
         "autocast": torch.autocast("cpu", torch.bfloat16),
     }[how]
-    with hydra_peft.adapter_ids(model, torch.zeros(3, dtype=torch.long)):
+    with hydra_peft.adapter_ids(model, None if how == "both" else ids):
         before = block.v(x)
         with change:
             after = block.v(x)
+        if how == "both":
+            block.v.set_adapter(["one"])
+        if how in ("both", "in place"):  # a context that is entered once
+            change = {"both": both, "in place": in_place}[how]()
         assert not torch.equal(before, after) or before.requires_grad != after.requires_grad
         seen = []
         block.between.forward = lambda x: change.__enter__()
@@ -253,10 +282,14 @@ def tensor_scaling(block):
     block.k.scaling["default"] = torch.tensor(0.5)
 
 
+def sibling_inactive(block):
+    block.k.set_adapter([])
+
+
 @pytest.mark.parametrize(
     "change",
     [sibling_hook, sibling_forward, sibling_disabled, sibling_merged, sibling_in_float64,
-     tensor_scaling],
+     tensor_scaling, sibling_inactive],
 )  # fmt: skip
 def test_no_group_where_a_sibling_runs_otherwise(change, groups):
     block = make_block()
@@ -276,6 +309,84 @@ def test_no_group_under_dropout_whose_masks_differ_by_layer(groups):
     assert groups == []
     block.eval()(torch.randn(3, 6))
     assert groups == [3]
+
+
+def test_no_group_of_an_input_without_a_version(groups):
+    block = make_block().requires_grad_(False)
+    hydra_peft.fuse(block)
+    with torch.inference_mode():
+        x = torch.randn(3, 6)
+    expected = block(x.clone())
+    assert groups == [3]
+    assert torch.equal(block(x), expected)
+    assert groups == [3]
+
+
+def test_gradients_by_functional_transforms(groups):
+    block = make_block()
+    stock = copy.deepcopy(block)
+    hydra_peft.fuse(block)
+    x = torch.randn(3, 6)
+    found = []
+    for each in (block, stock):
+        parameters = {n: p.detach() for n, p in each.named_parameters() if "lora_" in n}
+
+        def loss(parameters, each=each):
+            return torch.func.functional_call(each, parameters, (x,)).square().sum()
+
+        found.append(torch.func.grad(loss)(parameters))
+        found.append({"x": torch.func.vmap(each)(x)})
+    assert groups == []
+    torch.testing.assert_close(found.pop(1), found.pop())
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient)
+
+
+def test_no_group_where_ids_are_made_for_each_layer(groups):
+    """The rows of flattened sequences: another tensor at every layer, which none would take."""
+    config = make_config(target_modules=["q", "k", "v"], task_type=None)
+    model = get_peft_model(Block(), config)
+    randomize(model)
+    hydra_peft.fuse(model)
+    x = torch.randn(3, 4, 6)
+    with hydra_peft.adapter_ids(model, torch.tensor([0, -1, 0])):
+        expected = model(x)
+        assert groups == [3]
+        torch.testing.assert_close(model(x.view(12, 6)), expected.view(12, -1))
+    assert groups == [3]
+
+
+def test_what_was_left_is_dropped_before_more_is_made(groups, monkeypatch):
+    block = make_block()
+    hydra_peft.fuse(block)
+    block.k.register_forward_pre_hook(lambda module, args: None)
+    block(torch.randn(3, 6))
+    assert groups == []
+    block.k._forward_pre_hooks.clear()
+    block.between.forward = lambda x: x.detach().add_(0)  # v's input has another version now
+    block(torch.randn(3, 6))
+    assert groups == [3] and siblings._slot.put_by is not None
+    run_group = siblings.gated_linear_group
+    monkeypatch.setattr(
+        siblings,
+        "gated_linear_group",
+        lambda *a, **k: groups.append(siblings._slot.put_by) or run_group(*a, **k),
+    )
+    block(torch.randn(3, 6))
+    assert groups == [3, None, 3]
+
+
+def test_transposed_layers_are_in_no_group(groups):
+    block = Block()
+    block.q, block.k = Conv1D(8, 6), Conv1D(4, 6)
+    block = inject_adapter_in_model(
+        make_config(target_modules=["q", "k", "v"], fan_in_fan_out=True), block
+    )
+    randomize(block)
+    stock = copy.deepcopy(block)
+    assert len(hydra_peft.fuse(block).taken) == 3
+    assert_same_run(block, stock, torch.randn(3, 6))
+    assert groups == []
 
 
 def test_no_group_where_its_first_layer_alone_has_dropout(groups):
