@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def start(
     for name in names:
         kind: Any = known()[name]
         where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
+        if name == "wandb" and "WANDB_DIR" not in os.environ:
+            where["dir"] = str(run_dir)  # else its files lie wherever the command was given
         tracker = kind(run_dir.name, **where)
         if hasattr(tracker, "start"):  # in older versions of accelerate making one starts it
             tracker.start()

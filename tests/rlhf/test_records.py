@@ -136,6 +136,9 @@ def test_config_is_plain_values(tmp_path):
 # accelerate's trackers
 
 
+ABSENT = sorted(str(getattr(name, "value", name)) for name in tracking.LOGGER_TYPE_TO_CLASS)
+
+
 class Remembers(GeneralTracker):
     """A tracker as a user would register one, which wants a folder."""
 
@@ -237,6 +240,25 @@ def test_wandb_by_accelerate(monkeypatch, tmp_path):
     ]
 
 
+def test_wandb_itself_without_a_network(monkeypatch, tmp_path):
+    """What it writes is in the run folder, and its key is not among it."""
+    pytest.importorskip("wandb", reason="wandb is a development extra")
+    key = "0123456789abcdef0123456789abcdef01234567"
+    for name, value in dict(MODE="offline", SILENT="true", API_KEY=key).items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = open_run_dir(tmp_path / "my-run")
+    with Tracker(folder, {"ppo": {"seed": 3}}, log_with=("wandb",)) as tracker:
+        tracker.log(7, {"objective/kl": 0.25}, "ppo")
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    assert all(part in written for part in (b"my-run", b"ppo.seed", b"ppo/objective/kl", b"0.25"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not any(key.encode() in path.read_bytes() for path in files)
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_tensorboard_by_accelerate(tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is an extra"
@@ -251,7 +273,8 @@ def test_tensorboard_by_accelerate(tmp_path):
 
 @pytest.mark.parametrize(
     "names, message",
-    [("abacus", "unknown tracker 'abacus' .*wandb"), ("swanlab", "not installed: pip install sw")],
+    [("abacus", "unknown tracker 'abacus' .*wandb")]
+    + [(name, f"tracker '{name}' is not installed: pip install {name}") for name in ABSENT],
 )
 def test_a_tracker_that_cannot_be_is_refused_before_the_run(names, message, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
