@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from hydra_rlhf.errors import UserError
 
@@ -83,7 +84,8 @@ class CheckpointStore:
         temporary = self.folder / f"{_WRITING}{final.name}-{os.getpid()}"
         temporary.mkdir()
         try:
-            write(temporary)
+            with disk_errors():
+                write(temporary)
             _write_manifest(temporary, step)
             _sync_tree(temporary)
             if final.exists():
@@ -235,9 +237,29 @@ def _sync_tree(folder: Path) -> None:
         _sync(Path(root))
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises what a disk refuses within it as OSError, which safetensors and torch do not.
+
+    Of torch's errors those of a Python file: it wraps the file's own.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise error.__context__ from error
+
+
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes a nested dict of tensors, numbers, strings, lists and tuples to ``folder``."""
-    torch.save(state, folder / STATE)
+    with open(folder / STATE, "wb") as file:  # not by its name: see disk_errors
+        torch.save(state, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hydra_rlhf.checkpoint import disk_errors
 from hydra_rlhf.processes import Processes
 
 _log = logging.getLogger("hydra_rlhf")
@@ -67,9 +68,13 @@ class BadUpdates:
     def _dump(self, step: int, batch: dict[str, Tensor]) -> str:
         if self.folder is None:
             return ""
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{step:08d}.safetensors"
-        save_file({n: t.detach().cpu().contiguous() for n, t in batch.items()}, file)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with disk_errors():
+                save_file({n: t.detach().cpu().contiguous() for n, t in batch.items()}, file)
+        except OSError as error:
+            return f", the batch could not be written ({error})"
         return f", the batch is in {file}"
 
 

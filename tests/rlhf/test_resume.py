@@ -1,10 +1,12 @@
 """A run that was stopped goes on as if it had not been, and a bad step does not end it."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from hydra_rlhf import checkpoint, ppo, update
+from hydra_rlhf import checkpoint, ppo, processes, update
 from hydra_rlhf.checkpoint import CheckpointStore
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.faults import BadUpdates, Shrinking, TrainingFault
@@ -151,32 +153,98 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tmp_path, monkeypatch, caplo
     assert found == ["step-00000002", "step-00000006"]
 
 
+@contextlib.contextmanager
+def no_room_beyond(size):
+    """No file can grow beyond ``size`` bytes, whoever writes it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Bytes at which PEFT, safetensors and torch stop, the last two without an OSError, and the newest
+# file that is then there.
+ROOM = {2: (500, None), 3: (25_000, "reward_head.safetensors"), 4: (60_000, "state.pt")}
+
+
+def test_a_disk_that_refuses_to_write_costs_checkpoints_and_no_more(tmp_path, monkeypatch, caplog):
+    save, stopped_at = CheckpointStore.save, {}
+
+    def with_little_room(store, step, write):
+        def watched(folder):
+            try:
+                write(folder)
+            finally:
+                every = [p for p in folder.rglob("*") if p.is_file()]
+                stopped_at[step] = max(every, key=lambda p: p.stat().st_mtime_ns).name
+
+        size, _ = ROOM.get(step, (resource.RLIM_INFINITY, None))
+        with no_room_beyond(size):
+            return save(store, step, watched)
+
+    monkeypatch.setattr(CheckpointStore, "save", with_little_room)
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, save_steps=1, max_steps=5)
+    assert len(result.metrics) == 5
+    for step, (_, name) in ROOM.items():
+        assert f"the checkpoint of step {step} was not written ([Errno 27] File too" in caplog.text
+        assert name is None or stopped_at[step] == name
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000001", "step-00000005"]
+
+
+def test_a_fault_is_told_where_its_batch_cannot_be_written(tmp_path):
+    bad = BadUpdates(1, tmp_path / "faults")
+    with no_room_beyond(10), pytest.raises(TrainingFault, match="batch could not be written .*27"):
+        bad.is_bad(1, {"loss": torch.tensor(math.nan)}, {"ids": torch.ones(1000)})
+
+
 KILLED = """
-import os, random, signal, sys, time
+import os, random, select, signal, sys, time
+from hydra_rlhf import checkpoint
 from tests.rlhf.test_resume import *
 torch.set_num_threads(1)
 rng = random.Random(1)
-attempts = 0
+killed = inside = 0
 while True:
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        result = run(sys.argv[1], resume=True, save_steps=1, max_steps=12)
+        save = CheckpointStore.save
+        def told(store, step, write):
+            os.write(writer, b"<")
+            save(store, step, write)
+            os.write(writer, b">")
+        CheckpointStore.save = told
+        result = run(sys.argv[1], resume=True, save_steps=1, max_steps=24)
         result.models.save(sys.argv[1] + "/final")
         os._exit(0)
-    attempts += 1
-    if attempts <= 20:
-        time.sleep(rng.uniform(0.02, 0.35))
+    os.close(writer)
+    if killed < 20:
+        if killed % 2:  # inside a save: its beginning is awaited
+            os.read(reader, 1)
+            time.sleep(rng.uniform(0.0, 0.02))
+        else:
+            time.sleep(rng.uniform(0.02, 0.3))
         os.kill(child, signal.SIGKILL)
+        killed += 1
+        said = b""
+        while part := os.read(reader, 100):
+            said += part
+        inside += said.endswith(b"<") or (killed % 2 == 0 and not said)
     _, status = os.waitpid(child, 0)
+    os.close(reader)
     if status == 0:
         break
-print(attempts)
+print(killed, inside)
 """
 
 
 def test_kill_nine_twenty_times(tmp_path):
-    """At random moments, saves included; the final adapters are those of a run left alone."""
-    whole = run(None, max_steps=12)
+    """At random moments and inside saves; the final adapters are those of a run left alone."""
+    whole = run(None, max_steps=24)
     whole.models.save(tmp_path / "whole")
     out = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "killed")],
@@ -186,7 +254,8 @@ def test_kill_nine_twenty_times(tmp_path):
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
     )
     assert out.returncode == 0, out.stderr[-2000:]
-    assert int(out.stdout.split()[-1]) >= 3  # it was killed on the way
+    killed, inside = map(int, out.stdout.split()[-2:])
+    assert killed == 20 and inside >= 5
     for part in ("actor/adapter_model", "critic/adapter_model", "value_head"):
         a = load_file(tmp_path / "whole" / f"{part}.safetensors")
         b = load_file(tmp_path / "killed" / "final" / f"{part}.safetensors")
@@ -277,7 +346,7 @@ def scaled(monkeypatch):
         def unscale_gradients(self, optimizer=None):
             self.scaler.unscale_(optimizer)
 
-    monkeypatch.setattr(ppo, "Accelerator", Scaled)
+    monkeypatch.setattr(processes, "Accelerator", Scaled)
     return Scaled, made
 
 
