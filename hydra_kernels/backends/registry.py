@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -100,6 +101,14 @@ def backends(op: str) -> tuple[str, ...]:
     """The backends written for ``op``, in the order they are tried, runnable here or not."""
     written = _KERNELS.get(op, {})
     return tuple(b for b in _ORDER.get(op, PRIORITY) if b == REFERENCE or b in written)
+
+
+@overload
+def available_backends(op: str) -> Backends: ...
+
+
+@overload
+def available_backends(op: None = None) -> dict[str, Backends]: ...
 
 
 def available_backends(op: str | None = None) -> Backends | dict[str, Backends]:

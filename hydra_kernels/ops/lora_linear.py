@@ -382,6 +382,11 @@ def _check_shapes(
 
 def _check_ids(x: Tensor, adapter_ids: Tensor | None) -> None:
     if adapter_ids is not None:
+        if not isinstance(adapter_ids, Tensor):
+            raise ValueError(
+                f"{_OP}: adapter_ids must be an integer tensor on {x.device} or None, "
+                f"got {type(adapter_ids).__name__}"
+            )
         if adapter_ids.dtype not in _INTEGERS:
             raise ValueError(f"{_OP}: adapter_ids must be integers, got {adapter_ids.dtype}")
         if adapter_ids.device != x.device:

@@ -75,7 +75,6 @@ def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
     if name not in BACKENDS:
         raise UserError(f"no kernel backend {name!r} (known: {', '.join(BACKENDS)})")
     every = hydra_kernels.available_backends()
-    assert isinstance(every, dict)
     for op in ops:
         if op in every and name not in every[op]:
             raise UserError(

@@ -279,6 +279,7 @@ def test_refusals():
         ({"scaling": [1.0]}, "one number or 2"),
         ({"dropout": 1.5}, "dropout must be"),
         ({"adapter_ids": torch.zeros(4)}, "integers"),
+        ({"adapter_ids": [0, 1]}, "must be an integer tensor on cpu or None, got list"),
         ({"adapter_ids": torch.zeros(3, dtype=torch.long)}, "leading part"),
         ({"adapter_ids": torch.tensor(2)}, "between -1 and 1, got 2"),
         ({"adapter_ids": torch.tensor([0, 0, 0, -2])}, "between -1 and 1, got -2"),
