@@ -97,7 +97,8 @@ def time_against_tokens(records: Sequence[Record], op: str) -> Figure | None:
 def memory_against_vocabulary(records: Sequence[Record]) -> Figure | None:
     panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in records:
-        if r.op == "linear_logprob" and r.peak_mib is not None:
+        # A product into a given buffer holds nothing, which has no logarithm.
+        if r.op == "linear_logprob" and r.peak_mib and r.backend not in FLOORS:
             panels[(r.mode, rest(r, "V"))].append(r)
     points = {key: len({r.shape["V"] for r in group}) for key, group in panels.items()}
     shown = sorted((k for k in panels if points[k] > 1), key=lambda k: -points[k])[:3]
@@ -124,8 +125,8 @@ def per_token(record: Record) -> tuple[float, float, float]:
 
 
 def peak(record: Record) -> tuple[float, float, float]:
-    value = max(record.peak_mib or 0.0, 1e-2)  # 0 MiB has no logarithm
-    return value, value, value
+    assert record.peak_mib
+    return record.peak_mib, record.peak_mib, record.peak_mib
 
 
 def lines(ax: Axes, records: Sequence[Record], x_of: Callable, y_of: Callable) -> None:
@@ -134,7 +135,7 @@ def lines(ax: Axes, records: Sequence[Record], x_of: Callable, y_of: Callable) -
     for r in records:
         by_row[r.backend].append(r)
     peers = [row for row in by_row if row not in OURS and row not in FLOORS]
-    ends: list[tuple[float, str, str]] = []
+    ends: dict[float, list[tuple[float, str, str]]] = defaultdict(list)
     for row, group in by_row.items():
         group.sort(key=x_of)
         x = [x_of(r) for r in group]
@@ -148,7 +149,7 @@ def lines(ax: Axes, records: Sequence[Record], x_of: Callable, y_of: Callable) -
             x, y, dash, color=colour, lw=width, marker="o", ms=4 if mine else 3, zorder=2 + mine
         )
         ax.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
-        ends.append((y[-1], row, colour))
+        ends[x[-1]].append((y[-1], row, colour))
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(FixedLocator(sorted({x_of(r) for r in records})))
@@ -158,27 +159,36 @@ def lines(ax: Axes, records: Sequence[Record], x_of: Callable, y_of: Callable) -
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
     bottom, top = ax.get_ylim()
-    if top < 3 * bottom:  # within half a decade there may be no 1, 2 or 5
+    if top < 12 * bottom:  # what fits on one axis from 0 is easier to compare there
         ax.set_yscale("linear")
         ax.set_ylim(0, top * 1.05)
     ax.grid(axis="x", visible=False)
-    name_ends(ax, ends)
+    last = max(map(x_of, records))
+    for x_end, named in ends.items():
+        name_ends(ax, named, None if x_end == last else x_end)
 
 
-def name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Each line's name at its right end, pushed apart where they would overlap."""
+def name_ends(ax: Axes, ends: list[tuple[float, str, str]], x: float | None = None) -> None:
+    """Each line's name at its right end, pushed apart where they would overlap.
+
+    At ``x``, above the point, for lines that have no row further on; None is the panel's edge.
+    """
     step = 0.064
     to_axes = ax.transData + ax.transAxes.inverted()
     right = ax.get_xlim()[1]
     ends = sorted(ends)
     at = [float(to_axes.transform((right, y))[1]) for y, _, _ in ends]
+    place_x = 1.02
+    if x is not None:
+        place_x = float(to_axes.transform((x, 1.0))[0]) + 0.03
+        at = [y + 0.05 for y in at]
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + step)
     for i in reversed(range(len(at))):
-        at[i] = min(at[i], 1.0 - step * (len(at) - 1 - i))
+        at[i] = min(at[i], 0.95 - step * (len(at) - 1 - i))  # the panel's title is above
     for place, (_, row, colour) in zip(at, ends, strict=True):
         ax.annotate(
-            row, (1.02, place), xycoords="axes fraction", color=colour, va="center",
+            row, (place_x, place), xycoords="axes fraction", color=colour, va="center",
             fontweight="bold" if row in OURS and row != "reference" else "normal",
             annotation_clip=False,
         )  # fmt: skip
