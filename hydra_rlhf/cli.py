@@ -176,7 +176,10 @@ def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             # argparse names both spellings of a flag, --output_dir/--output-dir.
-            raise UserError(f"{command}: {re.sub('--[a-z_]+/--', '--', message)}")
+            message = re.sub("--[a-z_]+/--", "--", message)
+            if "arguments are required" in message and command in EXAMPLES:
+                message += f" (example: {PROGRAM} {EXAMPLES[command]})"
+            raise UserError(f"{command}: {message}")
 
     parser = Parser(
         list(argument_types),

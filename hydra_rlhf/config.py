@@ -21,6 +21,7 @@ from typing import Any
 
 from hydra_rlhf.errors import UserError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo")
 
 # What samples responses; engines.py has them.
@@ -357,6 +358,8 @@ class PPOConfig(LoraSettings):
             value = getattr(self, f.name)
             if choices and value not in choices:
                 raise UserError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

@@ -355,7 +355,14 @@ def _reference(prompt: Prompt, index: int) -> str:
 
 def _room(model: HydraModel, sampling: Sampling) -> int | None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if context is None else context - sampling.response_length
+    if context is None:
+        return None
+    if context <= sampling.response_length:
+        raise UserError(
+            f"response_length {sampling.response_length} leaves no room for a prompt in a context "
+            f"of {context} tokens"
+        )
+    return context - sampling.response_length
 
 
 # Loading
@@ -395,13 +402,22 @@ def load_policy(
 
 
 def resolve_checkpoint(path: str | Path) -> str:
-    """The SFT model inside a run folder; any other path as it is."""
+    """The SFT model inside a run folder; any other path as it is.
+
+    Raises:
+        UserError: the run has no model yet, or the path is that of an adapter.
+    """
     folder = Path(path)
     if (folder / "run.json").is_file():
         for inside in ("model", "sft"):
             if (folder / inside).is_dir():
                 return str(folder / inside)
         raise UserError(f"the run folder {folder} holds no finished SFT model")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter, not a whole model: merge it first "
+            f"(hydra-rlhf export {folder} FOLDER --merge)"
+        )
     return str(path)
 
 

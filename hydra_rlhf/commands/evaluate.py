@@ -104,6 +104,8 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
     baseline, tokenizer = evaluate.load_policy(named[0][1], base=config.base, device=device)
     prompts = _prompts(config, tokenizer)
     judge = _judge(config, device)
+    if judge is None and not bool(baseline.reward_head.weight.any()):
+        raise UserError(f"judge 'reward': {named[0][1]} has no reward head; give --judge")
     tracker = Tracker(None)
     answers: list[Answers] = []
     with tracker.progress("Answers", len(named) * len(prompts)) as bar:

@@ -199,7 +199,10 @@ def _pairs(
 ) -> tuple[list[Preference], list[Preference]]:
     if given.pair_data is None:
         if config.objective != "sft":
-            raise UserError(f"objective {config.objective} needs --pair-data")
+            raise UserError(
+                f"objective {config.objective} needs --pair-data; of --sft-data alone learns "
+                "--objective sft"
+            )
         held_out = data.load_preferences(given.eval_data, **options) if given.eval_data else []
         return [], held_out
     options["format"] = given.format

@@ -141,7 +141,7 @@ def test_a_mistyped_flag_is_named_before_the_one_that_is_missing_for_it(capsys):
     line = fails(capsys, "sft", "--modle", "m", "--pair-data", "d")
     assert "unknown setting --modle (did you mean --model?)" in line
     line = fails(capsys, "sft", "--model", "m")
-    assert line.endswith("the following arguments are required: --output-dir\n"), "one spelling"
+    assert "the following arguments are required: --output-dir (example: " in line, "one spelling"
 
 
 @pytest.mark.parametrize("command", cli.EXAMPLES)
@@ -400,6 +400,25 @@ def test_evaluate_looks_at_every_path_before_the_first_answer(tmp_path, model, c
     monkeypatch.setattr("hydra_rlhf.evaluate.answer", lambda *a, **k: pytest.fail("sampled"))
     line = fails(capsys, "evaluate", model, "./no-such", "--prompts", "bundled")
     assert "no policy ./no-such: there is no such folder" in line
+
+
+def test_evaluate_without_a_judge_stops_before_the_first_answer(tmp_path, model, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
+    line = fails(capsys, "evaluate", model, "--prompts", prompts, "--response-length", "4")
+    assert f"{model} has no reward head; give --judge" in line
+    line = fails(capsys, "evaluate", model, "--num-prompts", "1", "--response-length", "32")
+    assert "response_length 32 leaves no room for a prompt in a context of 32 tokens" in line
+
+
+def test_an_adapter_is_not_a_model_to_start_from(tmp_path, capsys):
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "adapter_config.json").write_text("{}")
+    argv = ("--prompts", "p", "--output-dir", tmp_path / "o")
+    line = fails(capsys, "ppo", "--sft-model-path", tmp_path / "actor", *argv)
+    assert "is an adapter, not a whole model: merge it first (hydra-rlhf export " in line
+    line = fails(capsys, "ppo", "--sft-model-path", "m", "--dtype", "floaty", *argv)
+    assert "dtype must be one of auto, float32, bfloat16, float16; got 'floaty'" in line
 
 
 def test_evaluate_says_when_the_judge_is_what_ppo_trains_against(tmp_path, model, capsys):
