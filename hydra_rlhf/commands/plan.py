@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
     with hub.loading("a configuration", given.model):
         model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
+    if sys.stderr.isatty():  # a 7b takes its time: every block of every method is walked through
+        faster = "; --no-batch-search is faster" if given.batch_search else ""
+        print(f"planning {len(METHODS)} methods{faster}", file=sys.stderr)
     plans = memory.plan_methods(model_config, config, prompt_length=given.prompt_length)
     largest = None
     if given.batch_search:
