@@ -389,7 +389,7 @@ template <class T>
 Level<T> level() {
 #ifdef HYDRA_X86_LEVELS
   if (isa_level() == Isa::kV4) {
-    return {&load_v4<T>, &outer_v4<16, 4>, &expand_v4<T, 16, 8, 2>, 32};
+    return {&load_v4<T>, &outer_v4<16, 4>, &expand_v4<T, 16, 4, 4>, 64};
   }
   if (isa_level() == Isa::kV3) {
     return {&load_v3<T>, &outer_v3<8, 2>, &expand_v3<T, 8, 4, 2>, 16};

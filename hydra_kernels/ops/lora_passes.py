@@ -21,13 +21,15 @@ def run(
     seed: Tensor | None,
     tensors: tuple[Tensor | None, ...],  # weights, biases, lora_a, lora_b
 ) -> tuple[Tensor, ...]:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # As F.linear: all of it in autocast's dtype.
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
-    if torch.compiler.is_compiling() or recording.state.on:
+    traced = torch.compiler.is_compiling() or recording.state.on
+    if traced or torch._C._is_any_autocast_enabled():
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # As F.linear: all of it in autocast's dtype.
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
+    if traced:
         p, n = len(plan.counts), len(plan.owners)
         ys, _ = torch.ops.hydra.lora_linear_fwd(
             x,
@@ -139,9 +141,8 @@ class _LoraLinear(torch.autograd.Function):
         unread = [i for i in range(p) if dys[i] is None]  # not count(), which compares tensors
         if len(unread) == p:
             return (None,) * (5 + len(tensors))
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
                 dx, grads = _backward(
                     ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need
                 )
