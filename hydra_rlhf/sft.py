@@ -390,6 +390,7 @@ def _to_show(config: SFTConfig, figures: dict[str, float]) -> dict[str, float]:
         "rank_loss": "rank",
         "accuracy": "accuracy",
         "eval_accuracy": "held_out",
+        "tokens_per_s": "tokens/s",
     }
     return {label: figures[name] for name, label in names.items() if name in figures}
 

@@ -20,7 +20,7 @@ from hydra_rlhf.pretrained import load_causal_lm
 from hydra_rlhf.processes import Processes, make_accelerator
 from hydra_rlhf.schedule import minibatches, sampling_seeds
 from tests.rlhf.families import batch, make_lm
-from tests.rlhf.test_ppo import plain_model
+from tests.rlhf.test_ppo import plain_model, settings
 from tests.rlhf.two_processes import (
     OUT_OF_MEMORY,
     RUNS,
@@ -81,6 +81,21 @@ def test_two_processes_make_the_update_of_one(two, method):
     assert metrics == outcome(two, method, 0)[0]
     for name, value in outcome(two, method, 0)[1].items():
         assert torch.equal(value, mine[name])  # both processes hold the very same weights
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_only_what_is_trained_is_summed(two, method):
+    """Once an update; all else that is summed is a few figures."""
+    _, trained = outcome(two, method, 0)
+    total = sum(value.numel() for value in trained.values())
+    config = settings()
+    updates = 2 * config.num_ppo_epochs * config.num_mini_batches
+    for index in range(2):
+        sizes = json.loads((two / f"summed-{index}.json").read_text())[method]
+        large = [size for size in sizes if size > 100]
+        assert len(large) == updates and max(large) == total
+        if method != "hydra-ppo":  # whose critic alone is trained at first
+            assert min(large) == total
 
 
 def test_resume_from_one_process_to_two(two):

@@ -234,6 +234,11 @@ def test_accumulation_is_exact():
     assert not torch.allclose(weights(whole), weights(tiny_model()), atol=1e-3)
 
 
+def test_progress_shows_the_speed():
+    figures = {"loss": 1.5, "grad_norm": 0.1, "tokens_per_s": 900.0}
+    assert sft._to_show(SFTConfig(), figures) == {"loss": 1.5, "tokens/s": 900.0}
+
+
 def test_same_seed_same_weights():
     config = SFTConfig(batch_size=4, epochs=2, learning_rate=1e-2)
     first, _ = trained(config, pairs(9))

@@ -69,7 +69,7 @@ def two(tmp_path_factory, one):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

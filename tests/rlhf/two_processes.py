@@ -98,8 +98,11 @@ def worker(folder):
         with open(f"{folder}/{name}-{index}.json", "w") as file:
             json.dump([figures(m) for m in result.metrics], file)
 
+    summed = {}
     for name in RUNS:
-        keep(name, *run(name, 2, f"{folder}/{name}"))
+        with sums() as summed[name]:
+            keep(name, *run(name, 2, f"{folder}/{name}"))
+    Path(f"{folder}/summed-{index}.json").write_text(json.dumps(summed))
     keep("resumed", *run("hydra-ppo", 2, f"{folder}/one", resume=True, max_steps=3))
     for name in SFT_RUNS:
         run_sft(name, folder, f"{folder}/sft-{name}")
@@ -120,6 +123,19 @@ def worker(folder):
             run_sft(name, folder, f"{folder}/sharded-sft-{name}")
         with open(f"{folder}/sharded-{index}.json", "w") as file:
             json.dump({"held": held, "told": told}, file)
+
+
+@contextlib.contextmanager
+def sums():
+    """Yields the elements of each tensor that is summed over the processes, in order."""
+    found, real = [], torch.distributed.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        found.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    with mock.patch("torch.distributed.all_reduce", all_reduce):
+        yield found
 
 
 def sharded():
