@@ -24,16 +24,18 @@ def check_supported(config: Any) -> None:
 
 
 class Prefill(Cache):
-    """Hands every layer its own keys and values back and remembers them."""
+    """Hands every layer its own keys and values back and puts them into rows of the buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Buffers, rows: Tensor) -> None:
         self.layers: list = []  # transformers looks through it for kinds of layers
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.count = 0
+        self._buffers, self._rows = buffers, rows
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if layer_idx != len(self.kept):
+        if layer_idx != self.count:
             raise Unsupported(f"layer {layer_idx} caches out of turn")
-        self.kept.append((key_states, value_states))
+        self.count += 1
+        self._buffers.put(layer_idx, self._rows, (key_states, value_states))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0, *args) -> int:
@@ -41,15 +43,16 @@ class Prefill(Cache):
 
 
 class Buffers(Cache):
-    """Keys and values (B, heads, L, head size) of every layer, written at each row's own slot."""
+    """Keys and values (B, heads, L, head size) of every layer, written at each row's own slot.
 
-    def __init__(self, like: list[tuple[Tensor, Tensor]], batch: int, length: int):
+    A layer's are made when it first puts something, so that nothing is held twice.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device):
         self.layers: list = []
-        self.pairs = [
-            tuple(t.new_zeros((batch, t.shape[1], length, t.shape[3])) for t in pair)
-            for pair in like
-        ]
-        self.rows = torch.arange(batch, device=like[0][0].device)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.length = length
+        self.rows = torch.arange(batch, device=device)
         self.slot = torch.zeros_like(self.rows)  # (B,) where the next token's keys go
         self.seen = length  # how many slots attention reads
 
@@ -62,10 +65,15 @@ class Buffers(Cache):
     def get_seq_length(self, layer_idx: int = 0, *args) -> int:
         return 0  # positions and masks are passed in, nothing is derived from it
 
-    def put(self, rows: Tensor, prefilled: list[tuple[Tensor, Tensor]]) -> None:
-        for buffers, new in zip(self.pairs, prefilled, strict=True):
-            for buffer, part in zip(buffers, new, strict=True):
-                buffer[rows, :, : part.shape[2]] = part
+    def put(self, layer: int, rows: Tensor, prefilled: tuple[Tensor, Tensor]) -> None:
+        if layer == len(self.pairs):
+            batch = len(self.rows)
+            keys, values = (
+                t.new_zeros((batch, t.shape[1], self.length, t.shape[3])) for t in prefilled
+            )
+            self.pairs.append((keys, values))
+        for buffer, part in zip(self.pairs[layer], prefilled, strict=True):
+            buffer[rows, :, : part.shape[2]] = part
 
     @property
     def nbytes(self) -> int:
@@ -136,27 +144,25 @@ class State:
 
 
 def new_state(
-    like: list[tuple[Tensor, Tensor]],  # keys and values of each layer's prefill
     batch: int,
     slots: int,
     tokens: int,
+    device: torch.device,
     *,
     window: bool,
     values: bool,
     dtype: torch.dtype,
-    prefix: Tensor | None = None,
 ) -> State:
     """Zeroed buffers for ``batch`` rows of ``slots``, of which ``tokens`` may be a response's.
 
-    ``dtype`` is that of masks; ``prefix`` is like the activations to keep, None for none.
+    ``dtype`` is that of masks. Keys, values and activations come with the first prompts.
     """
-    device = like[0][0].device
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return State(
-        cache=Buffers(like, batch, slots),
+        cache=Buffers(batch, slots, device),
         mask=zeros(batch, slots, dtype=dtype),
         near=zeros(batch, slots, dtype=dtype) if window else None,
         token=zeros(batch, 1, dtype=torch.long),
@@ -168,5 +174,4 @@ def new_state(
         logprobs=zeros(batch, tokens, dtype=torch.float32),
         sampled_logprobs=zeros(batch, tokens, dtype=torch.float32),
         values=zeros(batch, tokens, dtype=torch.float32) if values else None,
-        prefix=None if prefix is None else prefix.new_zeros(batch, slots, prefix.shape[-1]),
     )

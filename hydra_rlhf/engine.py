@@ -271,19 +271,18 @@ class RolloutEngine(Engine):
         picked = torch.tensor(prompts, device=device)
         ids, mask = input_ids[picked], attention_mask[picked]
         B, P = ids.shape
-        prefill = Prefill()
+        if state is None:
+            state = self._new_state(B, P, sampling, values, device)
+        row = torch.arange(B, device=device) if rows is None else torch.tensor(rows, device=device)
+        prefill = Prefill(state.cache, row)
         self._entering.state = None
         masks = _prefill_masks(mask, self._dtype, self._window)
         hidden = self._trunk(ids, masks, position_ids(mask), prefill)
         layers = self.model.config.get_text_config().num_hidden_layers
-        if len(prefill.kept) != layers:
+        if prefill.count != layers:
             raise Unsupported(
-                f"{type(self.model.trunk).__name__} caches {len(prefill.kept)} of {layers} layers"
+                f"{type(self.model.trunk).__name__} caches {prefill.count} of {layers} layers"
             )
-        if state is None:
-            state = self._new_state(prefill.kept, B, P, sampling, values)
-        row = torch.arange(B, device=device) if rows is None else torch.tensor(rows, device=device)
-        state.cache.put(row, prefill.kept)
         state.cache.slot[row] = P
         lowest = torch.finfo(self._dtype).min
         state.mask[row] = lowest
@@ -294,8 +293,12 @@ class RolloutEngine(Engine):
         state.uniforms[row] = uniforms[picked]
         for buffer in state.collected().values():
             buffer[row] = 0
-        if state.prefix is not None:
-            state.prefix[row, :P] = self._entering.taken()
+        if self._entering.on:
+            entered = self._entering.taken()  # (B, P, D)
+            if state.prefix is None:
+                held = len(state.finished), state.mask.shape[1], entered.shape[-1]
+                state.prefix = entered.new_zeros(held)
+            state.prefix[row, :P] = entered
             self._entering.state = state
         state.mask[row, P] = 0.0  # the first response token will sit there
         part = state.rows(row)
@@ -303,7 +306,9 @@ class RolloutEngine(Engine):
         state.put_rows(row, part)
         return state
 
-    def _new_state(self, like: Any, B: int, P: int, sampling: Sampling, values: bool) -> State:
+    def _new_state(
+        self, B: int, P: int, sampling: Sampling, values: bool, device: torch.device
+    ) -> State:
         """Buffers of this size, those of the last call where they fit."""
         T = sampling.response_length
         # CUDA's attention copies masks, once a layer, whose rows do not begin at 16 bytes.
@@ -316,14 +321,13 @@ class RolloutEngine(Engine):
         self._forget()
         self._key = key
         self._state = new_state(
-            like,
             B,
             slots,
             T,
+            device,
             window=window,
             values=values,
             dtype=self._dtype,
-            prefix=self._entering.like,
         )
         return self._state
 

@@ -110,11 +110,6 @@ class Entering:
     def _leaves(self, block, args, out) -> None:
         self._as_tuple = isinstance(out, tuple)
 
-    @property
-    def like(self) -> Tensor | None:
-        """What the last prompts' pass left, (B, P, D); None where nothing is kept."""
-        return self._hidden
-
     def taken(self) -> Tensor:
         """(B, P, D) of the last prompts' pass, once."""
         assert self._hidden is not None

@@ -147,11 +147,15 @@ def _plan(
     itemsize = models.actor.trunk.dtype.itemsize
     kv_row = _kv_bytes(text, itemsize)  # of one token
     kv_cache = B * (prompt_length + T) * kv_row
-    # A cache that grows by concatenation holds one layer's old and new tensors at once. float32
-    # logits of a step are held as read, divided by the temperature, and as probabilities.
-    growing = kv_cache // (2 * text.num_hidden_layers)
+    # float32 logits of a step are held as read, divided by the temperature, and as probabilities.
     step_logits = 3 * B * text.vocab_size * 4
-    rollout_peak = max(kv_cache + growing + step_logits, prefill + B * prompt_length * kv_row)
+    if config.rollout_engine == "hydra":
+        # Buffers of their full length from the first layer of the prompts' pass on.
+        rollout_peak = kv_cache + max(prefill, step_logits)
+    else:
+        # A cache that grows by concatenation holds one layer's old and new tensors at once.
+        growing = kv_cache // (2 * text.num_hidden_layers)
+        rollout_peak = max(kv_cache + growing + step_logits, prefill + B * prompt_length * kv_row)
     rows = min(LOGIT_ROWS, chunk * T)
     block = 2 * rows * min(LOGIT_COLUMNS, text.vocab_size) * 4
     static = held + optimizer

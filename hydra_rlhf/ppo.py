@@ -261,6 +261,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         rows = [run.prompts[i] for i in batch[mine]]
         seeds = sampling_seeds(config.seed, step, len(batch))[mine]
         rollout = sample(config, models.actor, run.tokenizer, rows, run.sampler, seeds)
+        kv_cache = run.sampler.kv_cache
     # 3. Score: log-probabilities of actor and reference, values, rewards.
     with phases("score"), run.accelerator.autocast(), torch.no_grad():
         prefixes = shared_prefixes(config, models, rollout)
@@ -328,6 +329,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             )
     metrics["episode"] = float(step * len(batch))
     metrics |= phases.metrics()
+    metrics["memory/kv_cache"] = float(kv_cache)
     metrics["perf/tokens_per_second"] = metrics["tokens/response"] / sum(
         phases.seconds[name] for name in ("rollout", "score", "advantages", "update")
     )

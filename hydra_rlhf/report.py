@@ -279,6 +279,13 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     most = max(row[2] for row in rows) or 1.0
+    cache = max(_numbers(records, "memory/kv_cache"), default=0.0)
+    keys = (
+        f" Keys and values of the rollout were {cache / 2**20:,.1f} MiB of its peak, and are freed "
+        "at its end."
+        if cache
+        else ""
+    )
     body = "".join(
         f'<tr><td>{_escape(phase)}</td><td style="width:40%">'
         f'<div class="bar" style="width:{100 * peak / most:.1f}%"></div></td>'
@@ -292,7 +299,7 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
         '<th class="n">held after MiB</th><th class="n">seconds a step</th></tr>'
         f"{body}</table></div>"
         "<p class=sub>Largest of all steps: the allocator's on a GPU, the process's resident set "
-        "on a CPU.</p>",
+        f"on a CPU.{keys}</p>",
     )
 
 
