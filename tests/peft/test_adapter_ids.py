@@ -10,9 +10,11 @@ import threading
 import weakref
 from functools import partial
 
+import peft
 import pytest
 import torch
-from peft import BdLoraConfig, LoHaConfig, get_peft_model
+from packaging.version import Version
+from peft import LoHaConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
@@ -27,6 +29,7 @@ from tests.peft.models import (
     make_tokens,
 )
 
+PEFT_VERSION = Version(peft.__version__)
 NAMES = ("one", "two")
 
 
@@ -245,9 +248,10 @@ def test_refuses_another_method_beside_lora():
         adapter_ids(model, 0)
 
 
+@pytest.mark.skipif(PEFT_VERSION < Version("0.19"), reason="PEFT before 0.19 has no BD-LoRA")
 def test_variants_that_change_their_input_in_place():
     """BD-LoRA adds to what it is given: other rows' must stay."""
-    blocks = BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=[], nblocks=2)
+    blocks = peft.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=[], nblocks=2)
     model = make_fused(target_modules=["q_proj"], use_bdlora=blocks, r=4)
     model.eval()
     stock = copy.deepcopy(model)
@@ -261,6 +265,9 @@ def test_variants_that_change_their_input_in_place():
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    PEFT_VERSION < Version("0.19"), reason="PEFT before 0.19 has no aLoRA as a second adapter"
+)
 def test_an_alora_is_refused_by_name_and_the_others_are_not():
     model = make_model("llama", NAMES[:1])
     model.add_adapter("two", make_config(alora_invocation_tokens=[3, 4]))

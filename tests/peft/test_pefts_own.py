@@ -243,10 +243,11 @@ def test_a_mixture_of_experts(way):
             num_experts_per_tok=2,
         )
     )
-    name = next(n for n, _ in base.named_parameters() if n.endswith("experts.down_proj"))
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], target_parameters=[name.split("layers.0.")[1]]
-    )
+    names = [n for n, _ in base.named_parameters() if n.endswith("experts.down_proj")]
+    if not names:
+        pytest.skip("transformers before 5 has a module for each expert")
+    target = names[0].split("layers.0.")[1]
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=[target])
     stock = get_peft_model(copy.deepcopy(base), config)
     randomize(stock)
     fused, report = wrap(way, base, config)
