@@ -76,10 +76,13 @@ def call_reward_fn(
         scores = list(fn(prompts=prompts, completions=completions, **columns))
         scores = [float(score) for score in scores]
     except Exception as e:
-        raise UserError(f"reward function {name} raised {type(e).__name__}: {e}") from e
+        raise UserError(
+            f"reward function {name} raised {type(e).__name__}: {e}{_first(prompts, completions)}"
+        ) from e
     if len(scores) != len(completions):
         raise UserError(
             f"reward function {name} gave {len(scores)} scores for {len(completions)} responses"
+            f"{_first(prompts, completions)}"
         )
     for prompt, completion, score in zip(prompts, completions, scores, strict=True):
         if not math.isfinite(score):
@@ -87,6 +90,13 @@ def call_reward_fn(
                 f"reward function {name} gave {score} for {completion!r:.80} after {prompt!r:.80}"
             )
     return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+def _first(prompts: list[str], completions: list[str]) -> str:
+    """Which batch it was: the function alone knows at which of its samples it stopped."""
+    if not completions:
+        return ""
+    return f" (of its samples the first is {completions[0]!r:.80} after {prompts[0]!r:.80})"
 
 
 class ClassifierReward:

@@ -200,3 +200,18 @@ def test_reward_functions_are_found_and_checked(tmp_path, monkeypatch):
             load_reward_fn(spec)
     with pytest.raises(UserError, match="gave inf for 'd' after 'b'"):
         call_reward_fn(lambda **_: [1.0, math.inf], ["a", "b"], ["c", "d"], {}, CPU)
+
+
+@pytest.mark.parametrize(
+    "scores, message",
+    [
+        (lambda: [1.0], "<lambda> gave 1 scores for 2 responses .*first is 'c' after 'a'"),
+        (lambda: [1.0] * 3, "gave 3 scores for 2 responses .*first is 'c' after 'a'"),
+        (lambda: 1 / 0, "raised ZeroDivisionError: division by zero .*first is 'c' after 'a'"),
+        (lambda: ["high"] * 2, "raised ValueError: could not convert .*first is 'c' after 'a'"),
+        (lambda: [0.0, math.nan], "gave nan for 'd' after 'b'"),
+    ],
+)
+def test_what_a_reward_function_did_wrong_is_named_with_the_sample(scores, message):
+    with pytest.raises(UserError, match=message):
+        call_reward_fn(lambda **_: scores(), ["a", "b"], ["c", "d"], {}, CPU)
