@@ -9,6 +9,7 @@ cache, one prefill and a step's logits).
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,14 +213,13 @@ def largest_batch(
         return plan(model_config, sized, method=method, prompt_length=prompt_length)
 
     # Above the sizes at which a kernel's block of logits is still growing.
-    low, high = at(8), at(16)
+    low = at(8)
+    if low.static + low.optimizer >= budget:
+        return 0  # held by any batch
     if low.peak > budget:
-        best = 0
-        for batch in range(1, 8):
-            if at(batch).peak > budget:
-                break
-            best = batch
-        return best
+        # One plan a question: a 7b takes seconds for each.
+        return bisect.bisect_right(range(1, 8), budget, key=lambda batch: at(batch).peak)
+    high = at(16)
     best = 10**9
     for phase in PHASES:
         a, b = getattr(low, phase), getattr(high, phase)

@@ -158,7 +158,15 @@ def test_largest_batch_fits_and_one_more_does_not():
     assert peak(best) <= budget * 1.01 < peak(best + 2) * 1.02
     few = memory.largest_batch(model_config, config, peak(3) + 1, prompt_length=PROMPT)
     assert few == 3
-    assert memory.largest_batch(model_config, config, 1, prompt_length=PROMPT) == 0
+
+
+def test_what_no_batch_can_help_takes_one_plan(monkeypatch):
+    taken = []
+    plan = memory.plan
+    monkeypatch.setattr(memory, "plan", lambda *a, **k: taken.append(1) or plan(*a, **k))
+    model_config = wide("llama")
+    assert memory.largest_batch(model_config, settings("hydra-ppo"), 1, prompt_length=PROMPT) == 0
+    assert len(taken) == 1
 
 
 def test_ledger_counts_storages_once():
