@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 import types
 from typing import ClassVar
 
@@ -252,8 +253,11 @@ def test_wandb_itself_without_a_network(monkeypatch, tmp_path):
     with Tracker(folder, {"ppo": {"seed": 3}}, log_with=("wandb",)) as tracker:
         tracker.log(7, {"objective/kl": 0.25}, "ppo")
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    written = file.read_bytes()
-    assert all(part in written for part in (b"my-run", b"ppo.seed", b"ppo/objective/kl", b"0.25"))
+    expected = b"my-run", b"ppo.seed", b"ppo/objective/kl", b"0.25"
+    until = time.monotonic() + 30  # a process of its own writes, which finish() does not await
+    while not all(part in file.read_bytes() for part in expected):
+        assert time.monotonic() < until, file.read_bytes()
+        time.sleep(0.1)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not any(key.encode() in path.read_bytes() for path in files)
     assert not list((tmp_path / "here").iterdir())
