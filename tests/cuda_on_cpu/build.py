@@ -37,11 +37,13 @@ WATCHED = [
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "g++")
+    return shutil.which("g++")
 
 
 def missing() -> str:
     """Why it cannot be compiled here, or nothing."""
+    if sys.platform != "linux":
+        return "needs Linux"
     if compiler() is None:
         return "needs g++"
     if importlib.util.find_spec("pybind11") is None:

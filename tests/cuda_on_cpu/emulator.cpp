@@ -36,7 +36,9 @@
 #include "cuda_runtime.h"
 #include "half_bits.h"
 
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+#define CUDA_ON_CPU_OWN_SWITCH  // ucontext's asks the kernel for the signal mask at each one
+#else
 #include <ucontext.h>
 #endif
 
@@ -89,7 +91,7 @@ struct Shadow {
 struct Block;
 
 struct Fiber {
-#ifdef __x86_64__
+#ifdef CUDA_ON_CPU_OWN_SWITCH
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -186,7 +188,7 @@ char* reserve(std::size_t bytes) {
 
 // ---- switching
 
-#ifdef __x86_64__
+#ifdef CUDA_ON_CPU_OWN_SWITCH
 }  // namespace
 }  // namespace cuda_on_cpu
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
@@ -240,7 +242,7 @@ void run_fiber() {
 }
 
 void prepare(Fiber* f) {
-#ifdef __x86_64__
+#ifdef CUDA_ON_CPU_OWN_SWITCH
   auto* top = reinterpret_cast<void**>(f->stack + kStackBytes) - 2;
   *top = reinterpret_cast<void*>(&run_fiber);  // the address that `ret` takes
   top[1] = nullptr;

@@ -6,7 +6,7 @@ import torch
 from hydra_kernels import advantages, lora_linear
 from hydra_kernels.backends.cuda import linear_logprob
 from tests.cuda_on_cpu import device
-from tests.gpu.cases import CASES
+from tests.gpu.cases import CASES, Case
 
 SCHEDULES = [
     ("forward", 1, 1),
@@ -96,6 +96,25 @@ def test_order_does_not_matter(emulated_kernels, name, monkeypatch):
     rtol = 4e-3 if half else 2e-4  # four roundings of a value near 1; sums of 40,000 terms
     for mine, right in zip(first, expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", ["ppo_loss", "gae", "kl_rewards", "masked_whiten"])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_tensors_that_begin_anywhere(cuda_on_cpu, name, offset):
+    """Vectors of 16 bytes only where they begin on 16 bytes: the same bits without them."""
+    case = tokens_of(name, 6, 132) if name != "ppo_loss" else ppo_of(6, 132)
+    expected = case.run("cuda")
+    for moved in [*([key] for key in case.inputs), list(case.inputs)]:
+        inputs = dict(case.inputs)
+        for key in moved:
+            t = case.inputs[key]
+            room = torch.empty(t.numel() + 4, dtype=t.dtype)
+            room[offset : offset + t.numel()] = t.detach().flatten()
+            view = room[offset : offset + t.numel()].view(t.shape)
+            inputs[key] = view.detach().requires_grad_(t.requires_grad)
+        case_there = Case(inputs, case.differentiable, case.call, case.changes)
+        for mine, right in zip(case_there.run("cuda"), expected, strict=True):
+            assert torch.equal(mine, right), moved
 
 
 def test_a_failure_is_the_product_s_own_error(emulated_kernels):
