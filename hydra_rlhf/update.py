@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 import hydra_kernels
 from hydra_rlhf.config import PPOConfig
@@ -32,6 +32,7 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
     processes, mask = run.state.processes, experience.rollout.response_mask
     critic_only = step <= config.critic_warmup_steps
     history: list[dict[str, Tensor]] = []
+    room = room_for_gradients(run, critic_only)
     stopped = False
     skipped = bad = 0
     for _ in range(config.num_ppo_epochs):
@@ -48,7 +49,13 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
                 continue
 
             attempt = functools.partial(
-                update_minibatch, run, experience, minibatch, total, critic_only=critic_only
+                update_minibatch,
+                run,
+                experience,
+                minibatch,
+                total,
+                critic_only=critic_only,
+                room=room,
             )
             # The one place where processes may part: what has run out of memory tries again.
             found = run.microbatch.run(
@@ -102,6 +109,7 @@ def update_minibatch(
     size: int,  # of a microbatch
     *,
     critic_only: bool,
+    room: Sequence[tuple[nn.Parameter, Tensor]] = (),
     most: int | None = None,  # sequences of it that are run
 ) -> dict[str, Tensor]:
     """Gradients of one optimizer step, a microbatch at a time; token-weighted means of its metrics.
@@ -110,6 +118,8 @@ def update_minibatch(
     the gradient of the whole minibatch, however it is cut, and over however many processes.
     """
     mask = experience.rollout.response_mask
+    for parameter, place in room:
+        parameter.grad = place.zero_()
     means: dict[str, Tensor] = {}
     config, models, accelerator = run.state.config, run.state.models, run.accelerator
     for rows in minibatch.split(size):
@@ -212,6 +222,24 @@ def ppo_losses(
         out = loss_of(new)
         yield out.loss, policy_figures(out, new) if role == "actor" else value_figures(out)
         del new, out
+
+
+def room_for_gradients(run: Run, critic_only: bool) -> list[tuple[nn.Parameter, Tensor]]:
+    """A place for the gradient of each adapter weight and head, all in one piece; on a CPU.
+
+    Made in backward, each would lie where an activation was just freed, and the heap would have no
+    hole left that the next pass's activations fit into: its resident set grew by a tenth. Empty
+    where gradients are as large as the model, in parts, or on a device whose allocator has pools.
+    """
+    groups = run.state.optimizer.param_groups
+    groups = [g for g in groups if g["name"] == "critic" or not critic_only]
+    trained = [p for g in groups for p in g["params"] if p.dtype == torch.float32]
+    on_cpu = run.state.models.actor.device.type == "cpu"
+    if not (on_cpu and run.state.models.actor.adapters and run.state.processes.sharding is None):
+        return []
+    flat = torch.empty(sum(p.numel() for p in trained), dtype=torch.float32)
+    places = flat.split([p.numel() for p in trained])
+    return [(p, place.view_as(p)) for p, place in zip(trained, places, strict=True)]
 
 
 def clip_gradients(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from hydra_rlhf import trunk as trunks
+from hydra_rlhf import update as updates
 from hydra_rlhf.experience import make_experience
 from hydra_rlhf.methods import build_method, lora_config_of, method_from_model
 from hydra_rlhf.model import HydraModel, Score
@@ -194,6 +195,34 @@ def test_reference_adapter_for_a_whole_run(method, tmp_path):
     assert not torch.allclose(after.ref_logprobs, base.ref_logprobs, atol=1e-3)
     assert torch.equal(after.scores, expected.scores)
     assert not torch.equal(after.logprobs, after.ref_logprobs), "the actor did not move"
+
+
+@pytest.mark.parametrize("method", ["lora-ppo", "j-hydra-ppo", "hydra-ppo", "ppo"])
+def test_gradients_lie_in_one_piece(monkeypatch, method):
+    """On a CPU, of adapters; whether they do or not, and while the critic warms up, every number
+    is the same, bit for bit."""
+    places = []
+    real = updates.clip_gradients
+
+    def seen(config, optimizer, accelerator):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    places.append(parameter.grad.untyped_storage().data_ptr())
+        return real(config, optimizer, accelerator)
+
+    monkeypatch.setattr(updates, "clip_gradients", seen)
+    config = settings(method=method, critic_warmup_steps=1, max_steps=2)
+    together = run(replace(config), plain_model())
+    assert (len(set(places)) <= config.max_steps) == (method != "ppo")
+    monkeypatch.setattr(updates, "room_for_gradients", lambda *_: [])
+    places.clear()
+    apart = run(replace(config), plain_model())
+    assert len(set(places)) > config.max_steps
+    assert numbers(together) == numbers(apart)
+    for a, b in zip(together.models, apart.models, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("family", THREE)
