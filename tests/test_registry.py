@@ -53,6 +53,30 @@ def test_order_of_an_op(toy):
         registry.prefer(toy, ("cpu",))
 
 
+def test_the_choice_follows_what_changes_after_the_first_call(toy, monkeypatch):
+    """What was found at the first call is kept, until an order, a reason or a kernel is new."""
+    monkeypatch.setattr(registry, "_UNAVAILABLE", {})
+    x = torch.zeros(1)
+    assert registry.select(toy, None, x) == "cpu"
+    registry.prefer(toy, ("reference", "cpu", "triton", "cuda"))
+    assert registry.select(toy, None, x) == "reference"
+    registry.prefer(toy, registry.PRIORITY)
+    assert registry.select(toy, None, x) == "cpu"
+    registry.unavailable("cpu", "it is broken")
+    assert registry.select(toy, None, x) == "reference"
+    assert registry.available_backends(toy).why_not["cpu"] == "it is broken"
+    with pytest.raises(NotImplementedError, match="it is broken"):
+        registry.select(toy, "cpu", x)
+    registry.register(toy, "triton", registry.Kernel(abs, None, lambda *tensors: []))
+    assert registry.select(toy, None, x) == "triton"
+
+
+def test_a_refusal_of_these_tensors_is_said_too(toy, caplog):
+    with caplog.at_level(logging.INFO, logger="hydra_kernels"):
+        registry.select(toy, None, torch.zeros(1, dtype=torch.float64))
+    assert "toy: passed over cpu: needs torch.float32, got torch.float64" in caplog.text
+
+
 def test_asked_by_name_it_runs_or_gives_every_reason(toy):
     assert registry.select(toy, "cpu", torch.zeros(1)) == "cpu"
     message = r"toy: backend 'cpu' cannot run \(2,\) torch.float64 on cpu: needs torch.float32"
