@@ -87,6 +87,21 @@ def test_nothing_is_timed_unless_asked(monkeypatch):
     assert choose(launch, M=129) == WIDE and len(ran) == 6
 
 
+def test_one_candidate_needs_no_clock(monkeypatch):
+    launch, ran = timed(monkeypatch, {64: 2.0})
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    assert tuning.choose("toy", ON_GPU, {"M": 100}, (DEFAULT,), launch) == DEFAULT and ran == []
+
+
+def test_a_users_file_is_read_before_the_packages_table(monkeypatch, tmp_path):
+    tuning._TABLE.write_text(json.dumps([row(BROKEN)]))
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([row(WIDE, M=[1, 100])]))
+    assert choose() == BROKEN
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(file))
+    assert choose() == WIDE and choose(M=101) == BROKEN
+
+
 def test_nothing_is_timed_under_capture(monkeypatch):
     launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
     monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
@@ -108,6 +123,7 @@ def test_what_is_found_is_kept_and_read_again(monkeypatch, tmp_path):
     monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
     choose(launch)
     assert tuning.read(file) == [row(M=[65, 128])]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "table.json"]
     monkeypatch.setattr(tuning, "_found", {})
     choose(launch)
     assert len(tuning.read(file)) == 1  # replaced, not repeated

@@ -272,7 +272,7 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         again = torch.is_grad_enabled()
-        keep = (False, False) if again or torch.compiler.is_compiling() else ctx.keep
+        keep = (False, False) if torch.compiler.is_compiling() else ctx.keep
         ctx.keep = (False, False)  # what is handed out once is the caller's to change
         wanted = ctx.needs_input_grad[1:]
         d = _grads(upstream, ctx.stats, *ctx.saved_tensors, *ctx.settings, wanted, keep)

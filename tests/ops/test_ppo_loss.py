@@ -197,6 +197,11 @@ def test_one_side_only(backend):
     actor = ppo_loss(**{**inputs, **without}, backend=backend)
     assert actor.value_loss == 0 and actor.vf_clipfrac == 0
     assert actor.policy_loss == both.policy_loss and actor.ratio == both.ratio
+    # what goes with the absent side is not looked at, whatever it is
+    unread = {"logprobs": None, "advantages": torch.zeros(1), "old_logprobs": inputs["mask"]}
+    assert ppo_loss(**{**inputs, **unread}, backend=backend) == critic
+    unread = {"values": None, "returns": torch.zeros(1), "old_values": inputs["mask"]}
+    assert ppo_loss(**{**inputs, **unread}, backend=backend) == actor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -423,7 +428,8 @@ def test_results_may_be_changed_in_place(backend):
     inputs = make_inputs((2, 9), device_of(backend))
     inputs["logprobs"] = inputs["logprobs"].requires_grad_() * 1
     out = ppo_loss(**inputs, **COEFS, backend=backend)
-    (expected,) = torch.autograd.grad(out.loss, inputs["logprobs"], retain_graph=True)
+    (kept,) = torch.autograd.grad(out.loss, inputs["logprobs"], retain_graph=True)
+    expected = kept.clone()
     for statistic in out[1:]:
         statistic.mul_(100)
     loss = out.loss
