@@ -643,3 +643,16 @@ def test_backward_takes_tiles_of_the_forward():
         forward, backward = (cpu._sizes(depth, counts, b, torch.get_num_threads()) for b in (0, 1))
         assert set(backward) <= set(forward) and max(forward) == max(backward) == cpu.ROWS
         assert list(forward) == sorted(forward, reverse=True)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ extension")
+def test_a_target_that_nobody_could_check_gives_nan():
+    """Under torch.compile, as on a GPU, targets are not looked at before they are used."""
+    inputs = make_inputs(4, 16, 20, "cpu")
+    targets = torch.tensor([3, 20, -1, -100])
+    rest = (None, torch.ones(()), 0.0, None, -100, False, "cpu")
+    logprobs, entropy, *_ = torch.ops.hydra.linear_logprob_fwd(
+        inputs["hidden"], inputs["weight"], targets, *rest
+    )
+    assert logprobs.isnan().tolist() == [False, True, True, False]
+    assert entropy.isfinite().all()
