@@ -84,6 +84,8 @@ def test_nothing_right_of_the_end():
         assert (out.tokens[right] == 7).all()
         for name in ("logprobs", "sampled_logprobs", "values"):
             assert not getattr(out, name)[right].any()
+        assert not out.prefix.hidden[:, ids.shape[1] :][right].any()
+        assert out.prefix.hidden[:, ids.shape[1] :][~right].any(-1).all()
         last = out.tokens.gather(1, out.lengths[:, None] - 1)[:, 0]
         assert torch.equal(out.ended, torch.isin(last, torch.tensor(sampling.stop_ids)))
 
