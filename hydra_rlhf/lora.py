@@ -49,7 +49,7 @@ def _check_targets(trunk: nn.Module, targets: Iterable[str]) -> None:
     for target in targets:
         if not any(name.endswith(f".{target}") for name in names):
             known = ", ".join(linear_names(trunk))
-            raise UserError(f"no layer of the model is named {target} (linear layers: {known})")
+            raise UserError(f"no layer of the decoder is named {target} (linear layers: {known})")
 
 
 def linear_names(trunk: nn.Module) -> list[str]:

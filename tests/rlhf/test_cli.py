@@ -264,7 +264,7 @@ def test_adapters_for_layers_that_the_model_lacks(tmp_path, model, capsys):
     prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
     argv = ("ppo", "--sft-model-path", sft, "--prompts", prompts, "--output-dir", tmp_path / "o")
     line = fails(capsys, *argv, "--lora-target-modules", "q_proj", "k_porj")
-    assert "no layer of the model is named k_porj (linear layers: down_proj, " in line
+    assert "no layer of the decoder is named k_porj (linear layers: down_proj, " in line
 
 
 def test_a_chat_template_that_is_not_there(tmp_path, model, capsys):

@@ -307,9 +307,9 @@ def test_refusals(arguments, message):
 @pytest.mark.parametrize(
     ("family", "lora", "message"),
     [
-        ("llama", {"target_modules": ["lm_head"]}, "carries a LoRA adapter"),
+        ("llama", {"target_modules": ["lm_head"]}, "no layer of the decoder is named lm_head"),
         ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "1 of the adapted layers cannot"),
-        ("llama", {"target_modules": ["nothing"]}, "cannot put adapters on this llama model"),
+        ("llama", {"target_modules": ["nothing"]}, "no layer of the decoder is named nothing"),
         ("mamba", {}, "cannot put adapters on this mamba model"),
     ],
 )
