@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
+import hydra_kernels
 from hydra_rlhf import cli, memory, ppo
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
@@ -67,7 +68,12 @@ def test_plan_is_what_is_allocated(family, method, changes):
     model_config, config = wide(family), settings(method, **changes)
     planned = memory.plan(model_config, config, prompt_length=PROMPT)
     lm = transformers.AutoModelForCausalLM.from_config(model_config).eval()
-    width = lm.get_output_embeddings().weight.shape[1]
+    head = lm.get_output_embeddings().weight
+    width = head.shape[1]
+    # On its first call at a shape the op tries BLAS, which is no part of a run's memory.
+    hidden = torch.zeros(1, width, requires_grad=True)
+    targets = torch.zeros(1, dtype=torch.long)
+    hydra_kernels.linear_logprob(hidden, head.detach(), targets).logprobs.sum().backward()
     source = HydraModel(lm, reward_head=torch.nn.Linear(width, 1, bias=False))
     models, static, _ = allocations(lambda: method_from_model(method, source, lora=config))
     assert planned.static == pytest.approx(static, rel=0.01)
