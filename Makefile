@@ -9,7 +9,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt scripts/n
   $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: peft-compat help venv install demo test fuzz soak check compile-check format bench clean
+.PHONY: cuda-on-cpu peft-compat help venv install demo test fuzz soak check compile-check format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -50,6 +50,10 @@ test: $(INSTALLED)  ## run all the tests
 
 peft-compat: $(INSTALLED)  ## run PEFT's own LoRA tests, stock and with our layers put in
 	$(BIN)/python -m tests.peft_compat.run
+
+cuda-on-cpu: $(INSTALLED)  ## every CUDA kernel in the emulator, then mistakes put into them (20 min)
+	CUDA_ON_CPU=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/cuda_on_cpu
+	$(BIN)/python -m tests.cuda_on_cpu.mutants
 
 fuzz: $(INSTALLED)  ## 50,000 files of any content for the readers of data, settings, checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.inputs --count 50000
