@@ -7,9 +7,9 @@ Dong, Xiong, Goyal et al. 2023, arXiv:2304.06767, algorithm 1. One model is poli
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import Rollout, Sampling
 from hydra_rlhf.schedule import PromptBatches
 from hydra_rlhf.sft_config import TITLES, SFTConfig
+from hydra_rlhf.sft_resume import Course
 
 
 def train(
@@ -36,6 +37,8 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     stage: str = "sft",
+    run_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> sft.SFTResult:
     """Train the adapter "actor" in place.
 
@@ -48,9 +51,11 @@ def train(
         tracker: For records and progress.
         accelerator: As in ``sft.train``.
         stage: The name in the records.
+        run_dir, resume: As in ``sft.train``.
 
     Raises:
-        UserError: no prompts, no adapter or no reward head; a prompt that leaves no room.
+        UserError: no prompts, no adapter or no reward head; a prompt that leaves no room; nothing
+            that can be resumed.
     """
     if "actor" not in model.adapters:
         raise UserError("raft needs lora_r: the reward model is the adapter off")
@@ -72,10 +77,16 @@ def train(
         rollouts.pad_token_id(tokenizer),
     )
     order = PromptBatches(len(prompts), config.batch_size, config.seed)
-    started = time.perf_counter()
-    tokens = 0
-    with tracker.progress(TITLES["raft"], steps) as bar:
-        for step in range(1, steps + 1):
+    course = Course(
+        config,
+        trainer,
+        [EncodedPair(row, [], [], None) for row in encoded],
+        run_dir=run_dir,
+        resume=resume,
+        order=order,
+    )
+    with tracker.progress(TITLES["raft"], steps) as bar, course.stoppable():
+        for step in range(course.first_step, steps + 1):
             chosen = [encoded[i] for i in next(order)]
             ids, mask = rollouts.pad_left(
                 [row for row in chosen for _ in range(num_samples)],
@@ -91,8 +102,8 @@ def train(
                 EncodedPair(row, answers[i * num_samples + int(k)], [], None)
                 for i, (row, k) in enumerate(zip(chosen, best, strict=True))
             ]
-            figures, passed = trainer.step(batch)
-            tokens += passed
+            figures, tokens = trainer.step(batch)
+            course.tokens += tokens
             figures["objective/scores"] = float(scores.mean())
             figures["objective/best"] = float(scores.amax(1).mean())
             tracker.log(step, figures, stage)
@@ -102,7 +113,9 @@ def train(
                 best=figures["objective/best"],
                 loss=figures["sft_loss"],
             )
-    return sft.SFTResult(steps, tokens, time.perf_counter() - started, {})
+            if course.ends_after(step):
+                break
+    return sft.result_of(course)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,14 @@ class RunState:
         optimizer = self.optimizer.state_dict()  # by all: each may hold a part of it
         if not self.processes.is_main:
             return None
-        try:
-            return store.save(step, lambda folder: self._write(folder, step, rng, optimizer))
-        except OSError as error:
-            _log.warning(
-                "the checkpoint of step %d was not written (%s); those before it stay", step, error
-            )
-            return None
+        return take(store, step, lambda folder: self._write(folder, step, rng, optimizer))
 
     def _write(
         self, folder: Path, step: int, rng: list[dict[str, Any]], optimizer: dict[str, Any]
     ) -> None:
         if self.models.actor.adapters:
             self.models.save(folder)
-        save_file({n: t.detach().cpu().contiguous() for n, t in self._trained()}, folder / TRAINED)
+        save_trained(folder, self._trained())
         save_state(
             folder,
             {
@@ -124,25 +118,15 @@ class RunState:
         Raises:
             UserError: it is of a run with other settings, or of another model.
         """
-        try:
-            state = load_state(folder)
-            trained = load_file(folder / TRAINED)
-        except (CheckpointError, OSError, SafetensorError) as error:
-            raise UserError(f"cannot resume from {folder}: {error}") from error
-        self._check_config(folder, state["config"])
+        state, trained = read(folder)
+        check_settings(folder, state["config"], dataclasses.asdict(self.config), MAY_CHANGE)
         if state["minibatch"] != self._minibatch():
             raise UserError(
                 f"cannot resume from {folder}: an optimizer step was of {state['minibatch']} "
                 f"sequences and is of {self._minibatch()} (per_device_train_batch_size * "
                 "gradient_accumulation_steps * processes)"
             )
-        expected = {name: tensor.shape for name, tensor in self._trained()}
-        found = {name: tensor.shape for name, tensor in trained.items()}
-        if expected != found:
-            raise UserError(f"cannot resume from {folder}: it is of another model")
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(trained[name])
+        put_back(folder, self._trained(), trained)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         vars(self.kl_controller).update(state["kl_controller"])
@@ -152,27 +136,12 @@ class RunState:
             self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         self.shuffle.set_state(state["shuffle"])
-        if self.processes.index < len(state["rng"]):
-            set_rng_state(state["rng"][self.processes.index])
-        else:
-            _log.warning(
-                "process %d was not there before: its random generators start anew",
-                self.processes.index,
-            )
+        put_back_rng(self.processes, state["rng"])
         return state["step"]
 
     def _minibatch(self) -> int:
         """Sequences behind one optimizer step, in all processes."""
         return self.config.local_mini_batch_size * self.processes.count
-
-    def _check_config(self, folder: Path, before: dict[str, Any]) -> None:
-        now = dataclasses.asdict(self.config)
-        for name in sorted(set(now) | set(before)):
-            if name not in MAY_CHANGE and now.get(name) != before.get(name):
-                raise UserError(
-                    f"cannot resume from {folder}: {name} was {before.get(name)!r} and is "
-                    f"{now.get(name)!r}"
-                )
 
     def _trained(self) -> Sequence[tuple[str, Tensor]]:
         """What the optimizer trains, under names that depend on the method and model only."""
@@ -181,3 +150,68 @@ class RunState:
             for group in self.optimizer.param_groups
             for i, parameter in enumerate(group["params"])
         ]
+
+
+def take(store: CheckpointStore, step: int, write: Callable[[Path], None]) -> Path | None:
+    """The checkpoint of ``step``; None, and a warning, where the disk refuses."""
+    try:
+        return store.save(step, write)
+    except OSError as error:
+        _log.warning(
+            "the checkpoint of step %d was not written (%s); those before it stay", step, error
+        )
+        return None
+
+
+def save_trained(folder: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
+    save_file({n: t.detach().cpu().contiguous() for n, t in trained}, folder / TRAINED)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and trained tensors of a verified checkpoint.
+
+    Raises:
+        UserError: they do not read.
+    """
+    try:
+        return load_state(folder), load_file(folder / TRAINED)
+    except (CheckpointError, OSError, SafetensorError) as error:
+        raise UserError(f"cannot resume from {folder}: {error}") from error
+
+
+def check_settings(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Container[str]
+) -> None:
+    """Raises UserError for the first setting that is not what it was and changes the numbers."""
+    for name in sorted(set(now) | set(before)):
+        if name not in may_change and now.get(name) != before.get(name):
+            raise UserError(
+                f"cannot resume from {folder}: {name} was {before.get(name)!r} and is "
+                f"{now.get(name)!r}"
+            )
+
+
+@torch.no_grad()
+def put_back(
+    folder: Path, trained: Sequence[tuple[str, Tensor]], saved: Mapping[str, Tensor]
+) -> None:
+    """Copies what was saved into the tensors of those names.
+
+    Raises:
+        UserError: they have other names, shapes or dtypes.
+    """
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in trained}
+    if expected != {name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()}:
+        raise UserError(f"cannot resume from {folder}: it is of another model")
+    for name, parameter in trained:
+        parameter.copy_(saved[name])
+
+
+def put_back_rng(processes: Processes, saved: Sequence[dict[str, Any]]) -> None:
+    """Each process its own generators' state, where it was there before."""
+    if processes.index < len(saved):
+        set_rng_state(saved[processes.index])
+    else:
+        _log.warning(
+            "process %d was not there before: its random generators start anew", processes.index
+        )

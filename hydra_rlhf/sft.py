@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from hydra_rlhf.pairs import (
 from hydra_rlhf.processes import Processes, make_accelerator
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
+from hydra_rlhf.sft_resume import Course
 
 
 @dataclass
@@ -47,6 +49,8 @@ class SFTResult:
     tokens: int  # of all rows that were trained on, padding not counted
     seconds: float
     final: dict[str, float]  # evaluation at the end: on eval_pairs, or empty without
+    first_step: int = 1  # or the step after the checkpoint from which the run went on
+    stopped_by: signal.Signals | None = None  # what ended the run early, after it was saved
 
 
 class Trainer:
@@ -162,40 +166,55 @@ def train(
     accelerator: Accelerator | None = None,
     stage: str = "sft",
     on_step: Callable[[int], None] | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
 ) -> SFTResult:
     """Train ``model`` in place on pairs, and on demonstrations besides or instead.
 
     A model without adapters is trained in full; one with the adapter "actor" trains that and the
-    reward head (``merge_adapter`` folds it into the weights afterwards).
+    reward head (``merge_adapter`` folds it into the weights afterwards). With a ``run_dir``, where
+    ``checkpoints/`` goes, SIGTERM and SIGINT save the run and end it between two steps; ``resume``
+    goes on from the newest whole checkpoint there, with the steps of a run that never stopped.
 
     Raises:
-        UserError: no pairs, a prompt that leaves no room for a response, or packing that the model
-            cannot do.
+        UserError: no pairs, a prompt that leaves no room for a response, packing that the model
+            cannot do, or nothing that can be resumed.
     """
     accelerator = accelerator or make_accelerator()
     encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
     plan = _plan_batches(config, encoded)
     trainer = Trainer(config, model, tokenizer, accelerator, len(plan))
-    started = time.perf_counter()
-    tokens = 0
-    final: dict[str, float] = {}
+    course = Course(config, trainer, encoded, run_dir=run_dir, resume=resume)
     shown: dict[str, float] = {}
-    with tracker.progress(TITLES[config.objective], len(plan)) as bar:
-        for step, batch in enumerate(plan, start=1):
-            figures, batch_tokens = trainer.step(batch)
-            tokens += batch_tokens
-            figures["tokens_per_s"] = tokens / (time.perf_counter() - started)
+    with tracker.progress(TITLES[config.objective], len(plan)) as bar, course.stoppable():
+        for step, batch in enumerate(plan[course.step :], start=course.first_step):
+            figures, tokens = trainer.step(batch)
+            course.tokens += tokens
+            figures["tokens_per_s"] = course.tokens / course.seconds
             last = step == len(plan)
             if held_out and (last or (config.eval_every and step % config.eval_every == 0)):
-                final = evaluate(config, model, tokenizer, held_out, role=trainer.role)
-                figures.update({f"eval_{k}": v for k, v in final.items()})
+                course.final = evaluate(config, model, tokenizer, held_out, role=trainer.role)
+                figures.update({f"eval_{k}": v for k, v in course.final.items()})
             tracker.log(step, figures, stage)
             shown.update(_to_show(config, figures))
             bar.update(step, **shown)
             if on_step is not None:
                 on_step(step)
+            if course.ends_after(step):
+                break
     trainer.module.eval()
-    return SFTResult(len(plan), tokens, time.perf_counter() - started, final)
+    return result_of(course)
+
+
+def result_of(course: Course) -> SFTResult:
+    return SFTResult(
+        course.step,
+        course.tokens,
+        course.seconds,
+        course.final,
+        course.first_step,
+        course.stopped_by,
+    )
 
 
 @torch.no_grad()

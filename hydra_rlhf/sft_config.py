@@ -78,13 +78,23 @@ class SFTConfig:
     lora_dropout: float = setting(0.0, "dropout in front of LoRA")
     eval_every: int = setting(0, "evaluate each n steps; 0 only at the end")
     eval_batch_size: int = setting(64, "pairs per forward in evaluation")
+    save_steps: int = setting(0, "take a checkpoint every n steps; 0 only when stopped")
+    save_total_limit: int | None = setting(None, "keep only the newest n checkpoints")
     num_samples: int = setting(8, "raft: answers a prompt, of which the best is imitated")
     response_length: int = setting(64, "raft: most tokens in an answer")
     temperature: float = setting(1.0, "raft: of sampling")
     seed: int = setting(0, "seed of the order of the data, of new weights and of dropout")
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "center_rewards", "weight_decay", "max_grad_norm", "lora_r", "beta"):
+        for name in (
+            "gamma",
+            "center_rewards",
+            "weight_decay",
+            "max_grad_norm",
+            "lora_r",
+            "beta",
+            "save_steps",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in (
@@ -98,7 +108,13 @@ class SFTConfig:
         ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "micro_batch_size", "max_length", "head_learning_rate"):
+        for name in (
+            "max_steps",
+            "micro_batch_size",
+            "max_length",
+            "head_learning_rate",
+            "save_total_limit",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name} must be above 0, got {value}")

@@ -51,6 +51,15 @@ class OutputConfig:
         choose_backend(self.backend)
 
 
+@dataclass
+class TrainingOutput(OutputConfig):
+    """Of a run that can go on."""
+
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint of the run that is in output_dir"
+    )
+
+
 def open_shared_run_dir(accelerator: Accelerator, output: OutputConfig) -> Path:
     """``open_run_dir`` by the first process, once all have checked it and before any goes on."""
     accelerator.wait_for_everyone()

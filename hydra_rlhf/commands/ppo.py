@@ -11,7 +11,7 @@ from accelerate import PartialState
 from hydra_rlhf import data, evaluate, ppo, sft, sharding
 from hydra_rlhf.cards import write_cards
 from hydra_rlhf.commands.inputs import (
-    OutputConfig,
+    TrainingOutput,
     command_line,
     limits,
     open_shared_run_dir,
@@ -52,17 +52,10 @@ class PPOInput:
     )
 
 
-@dataclass
-class PPOOutput(OutputConfig):
-    resume: bool = setting(
-        False, "go on from the newest whole checkpoint of the run that is in output_dir"
-    )
+ARGUMENTS = (PPOInput, PPOConfig, TrainingOutput)
 
 
-ARGUMENTS = (PPOInput, PPOConfig, PPOOutput)
-
-
-def run(given: PPOInput, config: PPOConfig, output: PPOOutput) -> ppo.PPOResult:
+def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPOResult:
     """Trains, and writes adapters and heads into ``output_dir``.
 
     Raises:

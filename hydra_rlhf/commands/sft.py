@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from hydra_rlhf import data, evaluate, raft, sft, sharding
 from hydra_rlhf.commands.inputs import (
-    OutputConfig,
+    TrainingOutput,
     command_line,
     limits,
     open_shared_run_dir,
@@ -26,6 +26,7 @@ from hydra_rlhf.schedule import seed_everything
 from hydra_rlhf.settings import required, setting
 from hydra_rlhf.sft import SFTResult
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
+from hydra_rlhf.sft_resume import refuse_split_weights
 
 
 @dataclass
@@ -67,12 +68,16 @@ class SFTInput:
 
 
 ALIGNING = (*LIKELIHOOD_OBJECTIVES, "raft")
-ARGUMENTS = (SFTInput, SFTConfig, OutputConfig)
+ARGUMENTS = (SFTInput, SFTConfig, TrainingOutput)
 
 
-def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
-    """Trains, and writes the checkpoint into ``output_dir/model``."""
-    output.check()
+def run(given: SFTInput, config: SFTConfig, output: TrainingOutput) -> SFTResult:
+    """Trains, and writes the checkpoint into ``output_dir/model``.
+
+    Raises:
+        SystemExit: with 128 + its number, when a signal ended the run after it was saved.
+    """
+    output.check(resume=output.resume)
     tokenizer = evaluate.load_tokenizer(given.model)
     limit: dict[str, Any] = {}
     if given.overlong != "cut":  # which is how examples are encoded
@@ -84,6 +89,7 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
             given.sft_data, tokenizer=tokenizer, format=given.sft_format, **limit
         )
     accelerator = sft.make_accelerator(output.device, given.mixed_precision)
+    refuse_split_weights(config, accelerator, output.resume)
     seed_everything(config.seed)  # new adapters are drawn before training
     model = _load(given)
     sft.check_data(config, model, tokenizer, pairs, held_out, demonstrations)
@@ -98,12 +104,16 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
         settings,
         command=command_line(),
         log_with=output.trackers,
+        resume=output.resume,
         is_main=accelerator.is_main_process,
     ) as tracker:
+        into: dict[str, Any] = {"run_dir": run_dir, "resume": output.resume}
         if config.objective == "raft":
             rows: list[Any] = [*pairs, *demonstrations]
             prompts = list(dict.fromkeys(one.prompt for one in rows))
-            result = raft.train(config, model, tokenizer, prompts, tracker, accelerator=accelerator)
+            result = raft.train(
+                config, model, tokenizer, prompts, tracker, accelerator=accelerator, **into
+            )
         else:
             result = sft.train(
                 config,
@@ -114,7 +124,12 @@ def run(given: SFTInput, config: SFTConfig, output: OutputConfig) -> SFTResult:
                 eval_pairs=held_out,
                 demonstrations=demonstrations,
                 accelerator=accelerator,
+                **into,
             )
+        if result.stopped_by is not None:
+            tracker.report()
+            tracker.say(f"{result.stopped_by.name}: saved; the same command with --resume goes on")
+            raise SystemExit(128 + result.stopped_by)
         saved = save(config, model, tokenizer, run_dir, given, accelerator)
         if accelerator.is_main_process:
             tracker.plot()

@@ -26,6 +26,7 @@ from tests.rlhf.two_processes import (
     RUNS,
     SFT_RUNS,
     SHARDED,
+    begin_sft,
     figures,
     prepare_sft,
     run,
@@ -40,6 +41,8 @@ def two(tmp_path_factory):
     run("hydra-ppo", 1, folder / "one")
     shutil.copytree(folder / "one", folder / "too")
     prepare_sft(folder)
+    begin_sft("hydra", folder, folder / "sft-begun")
+    begin_sft("lora", folder, folder / "sft-begun-lora")
     done = subprocess.run(
         [
             # What accelerate launch starts for GPUs; on a CPU that itself would want an MPI.
@@ -212,6 +215,11 @@ def test_a_sharded_model_is_saved_whole(two):
 @pytest.mark.parametrize("name", SFT_RUNS)
 def test_two_processes_make_the_sft_of_one(two, name, split, tmp_path):
     same_sft(two, two / f"{split}sft-{name}", name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sft-begun", "sft-begun-lora"], ids=["whole", "sharded-lora"])
+def test_two_processes_go_on_with_the_sft_of_one(two, name, tmp_path):
+    same_sft(two, two / name, "lora" if name.endswith("lora") else "hydra", tmp_path)
 
 
 def same_sft(folder, run_dir, name, tmp_path):

@@ -6,6 +6,7 @@ As a program, started in each of two processes: every run, with the weights whol
 import contextlib
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -18,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from hydra_rlhf import experience, ppo, update
 from hydra_rlhf.commands import sft as sft_command
-from hydra_rlhf.commands.inputs import OutputConfig
+from hydra_rlhf.commands.inputs import TrainingOutput
 from hydra_rlhf.experience import Sampler
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rollout import Sampling
+from hydra_rlhf.sft import Trainer
 from hydra_rlhf.sft_config import SFTConfig
 from hydra_rlhf.sharding import held_bytes
 from tests.rlhf.families import EOS, PAD, PROMPTS, VOCAB, batch, make_lm, make_model, make_tokenizer
@@ -106,6 +108,7 @@ def worker(folder):
     keep("resumed", *run("hydra-ppo", 2, f"{folder}/one", resume=True, max_steps=3))
     for name in SFT_RUNS:
         run_sft(name, folder, f"{folder}/sft-{name}")
+    go_on("hydra", folder, f"{folder}/sft-begun")
     tokens = {f"whole-{name}": t for name, t in tokens_of_uneven_lengths(index).items()}
     with sharded():
         held = {}
@@ -121,6 +124,7 @@ def worker(folder):
         result.models.actor.save_pretrained(f"{folder}/gathered")
         for name in SFT_RUNS:
             run_sft(name, folder, f"{folder}/sharded-sft-{name}")
+        go_on("lora", folder, f"{folder}/sft-begun-lora")
         with open(f"{folder}/sharded-{index}.json", "w") as file:
             json.dump({"held": held, "told": told}, file)
 
@@ -183,19 +187,43 @@ def prepare_sft(folder):
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def run_sft(name, folder, out):
+def begin_sft(name, folder, out):
+    """All of a run's steps but the last, by this process: what it made of that is taken away."""
+    run_sft(name, folder, out, save_steps=2)
+    shutil.rmtree(Path(out) / "model")
+
+
+def go_on(name, folder, out):
+    """The rest of a run by two processes."""
+    steps = []
+    with mock.patch.object(Trainer, "step", _told(Trainer.step, steps)):
+        run_sft(name, folder, out, resume=True)
+    assert len(steps) == 1
+
+
+def _told(function, calls):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def run_sft(name, folder, out, resume=False, **changes):
     """``hydra-rlhf sft``; what it wrote that says what was trained: weights and records."""
     given = sft_command.SFTInput(
         f"{folder}/start", pair_data=f"{folder}/pairs.jsonl", eval_data=f"{folder}/pairs.jsonl"
     )
-    config = SFTConfig(**_SFT, **SFT_RUNS[name])
-    sft_command.run(given, config, OutputConfig(output_dir=str(out), device="cpu"))
+    config = SFTConfig(**_SFT, **SFT_RUNS[name], **changes)
+    output = TrainingOutput(output_dir=str(out), device="cpu", resume=resume)
+    sft_command.run(given, config, output)
     return sft_outcome(out)
 
 
 def sft_outcome(out):
     weights = {}
-    for file in sorted(Path(out).rglob("*.safetensors")):
+    files = sorted(Path(out).rglob("*.safetensors"))
+    for file in (f for f in files if "checkpoints" not in f.parts):
         weights.update({f"{file.name}:{n}": t for n, t in load_file(file).items()})
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], weights
