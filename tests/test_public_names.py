@@ -25,7 +25,7 @@ def test_the_engine_is_where_rollouts_are():
 
     assert rollout.RolloutEngine is RolloutEngine
     with pytest.raises(AttributeError, match="'hydra_rlhf.rollout' has no attribute"):
-        _ = rollout.Engine
+        _ = rollout.RolloutEngin
 
 
 def test_help_does_not_wait_for_torch():

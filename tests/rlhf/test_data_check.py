@@ -126,7 +126,7 @@ def test_command_on_an_unusable_file(write, capsys, lines, message):
         (["look", "a.jsonl"], "action"),
         (["check", "a.jsonl", "b.jsonl"], "unexpected 'b.jsonl'"),
         (["check", "a.jsonl", "--max-length", "3"], "needs a tokenizer"),
-        (["check", "a.jsonl", "--tokenizer", "/nowhere"], "no tokenizer at /nowhere"),
+        (["check", "a.jsonl", "--tokenizer", "/nowhere"], "cannot load a tokenizer from /nowhere"),
         (["check", "a.jsonl", "--format", "x"], "unknown data format 'x'"),
     ],
 )

@@ -220,7 +220,7 @@ def test_command(tmp_path, capsys):
         assert word in printed
     assert chart.read_bytes()[:4] == b"\x89PNG"
     for bad, message in (
-        (["plan", str(tmp_path / "nothing")], "cannot read the configuration"),
+        (["plan", str(tmp_path / "nothing")], "cannot load a configuration"),
         ([*arguments, "--card_gb", "0.5"], "is not above reserve_gb"),
         ([*arguments, "--chart", str(tmp_path / "no" / "x.png")], "there is no folder"),
     ):
