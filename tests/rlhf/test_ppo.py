@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hydra_rlhf import ppo
+from hydra_rlhf import engine, ppo
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, build_method, method_from_model
@@ -431,6 +431,24 @@ def test_diagnostics_name_the_cause():
     for changes, figures, message in cases:
         found = diagnose(settings(**changes), good | figures)
         assert len(found) == 1 and message in found[0], figures
+
+
+def test_what_was_sampled_is_compared_with_what_is_scored(monkeypatch):
+    """Without being asked, where it costs nothing and no filter makes them differ."""
+    plain = run(settings(max_steps=1))
+    assert plain.metrics[0]["val/rollout_logprob_diff"] < 1e-5
+    assert "val/rollout_logprob_diff" not in run(settings(max_steps=1, top_p=0.9)).metrics[0]
+
+    as_rollout = engine.as_rollout
+
+    def of_another_policy(*args):
+        rollout = as_rollout(*args)
+        rollout.logprobs = rollout.logprobs - 0.3 * rollout.response_mask
+        return rollout
+
+    monkeypatch.setattr(engine, "as_rollout", of_another_policy)
+    found = run(settings(max_steps=1)).diagnostics
+    assert any("log-probabilities differ by 0.3" in message for message in found)
 
 
 def test_explained_variance_by_hand():
