@@ -149,8 +149,10 @@ def _call(command: list) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
-    spec = importlib.util.spec_from_loader(NAME, loader)
+    # A name for each build: pybind11 3 gives out the first module of a name again.
+    name = f"{path.parent.name}.{NAME}"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
