@@ -18,7 +18,7 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
 
 def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rewards, advantages, returns = (torch.empty_like(inputs.values) for _ in range(3))
-    moments = torch.empty(3, dtype=torch.float64)
+    moments = inputs.values.new_empty(3, dtype=torch.float64)
     scores, _, ref_logprobs, values, mask, kl_coef, estimator, _, gamma, lam, last_values = inputs
     extension.module.advantages_fwd_cpu(  # type: ignore[union-attr]
         *addresses(scores, inputs.penalised, ref_logprobs, values, mask, last_values),

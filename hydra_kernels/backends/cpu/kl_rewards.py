@@ -25,7 +25,7 @@ def fwd(
     estimator: str,
     kl: Tensor | None,  # (B, T)
 ) -> Tensor:
-    rewards = torch.empty(mask.shape, dtype=torch.float32)
+    rewards = torch.empty_like(mask, dtype=torch.float32)
     extension.module.kl_rewards_fwd_cpu(  # type: ignore[union-attr]
         *addresses(scores, kl if estimator == "exact" else logprobs, ref_logprobs, mask),
         *mask.shape,

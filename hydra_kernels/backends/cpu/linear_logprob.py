@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ SMALLER = (512, 256, 192, 128, 64, 32, 16)
 LEAST_COLUMNS = 64
 LEAST_DEPTH = 16
 DEFAULT_BUDGET_MB = 64
+# Whatever torch's default dtype and device are: the kernels are given addresses.
+_FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
@@ -51,7 +54,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
     for store in saved:
         if store is not None:
             store[n:].zero_()
-    sums = torch.empty(8, n)
+    sums = torch.empty(8, n, **_FLOAT)
     for first, count in walk.blocks:
         head = walk.head(first, count)
         for begin, size in walk.tiles:
@@ -77,13 +80,13 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
                 sums.data_ptr() + 4 * begin,
                 n,
             )
-    results, norms = torch.zeros(5, n), torch.empty(4, n)
+    results, norms = torch.zeros(5, n, **_FLOAT), torch.empty(4, n, **_FLOAT)
     extension.module.linear_logprob_finish_cpu(  # type: ignore[union-attr]
         sums.data_ptr(), n, ref_hidden is not None, results.data_ptr(), norms.data_ptr()
     )
     if kept is not None:
-        results = torch.zeros(5, M).index_copy_(1, kept, results)
-        norms = torch.zeros(4, M).index_copy_(1, kept, norms)
+        results = torch.zeros(5, M, **_FLOAT).index_copy_(1, kept, results)
+        norms = torch.zeros(4, M, **_FLOAT).index_copy_(1, kept, norms)
     return results, norms, *(saved if save else (None, None))
 
 
@@ -111,9 +114,9 @@ def bwd(
     if ref_hidden is not None and ref_saved is None:
         ref_rows = walk.pack(ref_hidden, kept)
     full_bias = None if bias is None else bias.float().contiguous()
-    dhidden = torch.zeros(walk.padded, walk.depth) if wanted[0] else None
+    dhidden = torch.zeros(walk.padded, walk.depth, **_FLOAT) if wanted[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    dbias = torch.zeros(V) if wanted[2] else None
+    dbias = torch.zeros(V, **_FLOAT) if wanted[2] else None
     if n == 0:
         dweight = None if dweight is None else dweight.zero_()
     for first, count in walk.blocks if n else ():
@@ -122,7 +125,7 @@ def bwd(
         if dweight is not None:
             dhead = dweight[first : first + count]
             if dhead.dtype != torch.float32:
-                dhead = torch.empty(count, D)
+                dhead = torch.empty(count, D, **_FLOAT)
         for begin, size in walk.tiles:
             inside = min(size, n - begin)
             if saved is None:
@@ -206,7 +209,7 @@ class _Walk:
         rows = rows if kept is None else rows[kept]
         if rows.dtype == torch.float32 and rows.shape == (self.padded, self.depth):
             return rows.contiguous()
-        packed = torch.zeros(self.padded, self.depth)
+        packed = torch.zeros(self.padded, self.depth, **_FLOAT)
         packed[: rows.shape[0], : rows.shape[1]] = rows
         return packed
 
@@ -218,7 +221,7 @@ class _Walk:
         if enough and block.dtype == torch.float32:
             return block
         if self._head is None:
-            self._head = torch.zeros(self.stride, self.depth)
+            self._head = torch.zeros(self.stride, self.depth, **_FLOAT)
         self._head[:count, :D] = block
         return self._head[: max(count, LEAST_COLUMNS)]
 
@@ -248,7 +251,7 @@ class _Walk:
 
     def _buffer(self, i: int) -> Tensor:
         while len(self._buffers) <= i:
-            self._buffers.append(torch.empty(self._shape))
+            self._buffers.append(torch.empty(self._shape, **_FLOAT))
         return self._buffers[i]
 
 
@@ -296,19 +299,19 @@ def _sizes(
     documented nowhere: so the products of one tile are compared, once a shape. Those of backward
     sum over the columns of a block, and agree for fewer sizes than those over the depth.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     products = [(depth, count, False) for count in counts]
     if backward:
         products += [(count, depth, True) for count in counts]
     agreeing = set(SMALLER)
     for inner, outer, transposed in products:
-        x = torch.randn(ROWS, inner, generator=generator)
-        w = torch.randn(outer, inner, generator=generator)
+        x = torch.randn(ROWS, inner, generator=generator, **_FLOAT)
+        w = torch.randn(outer, inner, generator=generator, **_FLOAT)
         w = w.t().contiguous().t() if transposed else w  # as in addmm_(dz, head)
-        large = torch.zeros(ROWS, outer).addmm_(x, w.t())
+        large = torch.zeros(ROWS, outer, **_FLOAT).addmm_(x, w.t())
         for size in sorted(agreeing):
             for rows in (slice(None, size), slice(-size, None)):
-                small = torch.zeros(size, outer).addmm_(x[rows], w.t())
+                small = torch.zeros(size, outer, **_FLOAT).addmm_(x[rows], w.t())
                 if not torch.equal(large[rows], small):
                     agreeing.discard(size)
     return (ROWS, *sorted(agreeing, reverse=True))

@@ -86,7 +86,7 @@ def fwd(
     projections: list[int] = []
     for weight, bias in zip(weights, biases, strict=True):
         n = weight.shape[0]
-        y = torch.empty((x.shape[0], n), dtype=x.dtype)
+        y = x.new_empty((x.shape[0], n))
         ys.append(y)
         left = not _multiplies(x, weight)
         projections += (n, y.data_ptr(), n, 0 if bias is None else bias.data_ptr())
@@ -140,10 +140,10 @@ def bwd(
                     das[j], dbs[j] = da, db
                 return dx, das, dbs
             ids = None
-    das = [torch.empty(t.shape, dtype=t.dtype) if need_a else None for t in a]
-    dbs = [torch.empty(t.shape, dtype=t.dtype) if need_b else None for t in b]
+    das = [t.new_empty(t.shape) if need_a else None for t in a]
+    dbs = [t.new_empty(t.shape) if need_b else None for t in b]
     merges = need_x and ids is None and _merges(x, weights, a, plan)
-    dx = torch.empty(x.shape, dtype=x.dtype) if need_x else None
+    dx = x.new_empty(x.shape) if need_x else None
     flat = [None if dy is None else _rows(dy) for dy in dys]
     projections: list[int] = []
     if need_a or need_b or (need_x and not merges):
@@ -240,7 +240,7 @@ def _view_of_scratch(views: dict[tuple[int, int], Tensor], n: int, k: int) -> Te
     most = max(views.values(), key=Tensor.numel, default=None)
     if most is None or most.numel() < n * k:
         views.clear()
-        most = torch.empty((n, k), dtype=torch.float32)
+        most = torch.empty((n, k), dtype=torch.float32, device="cpu")
     views[n, k] = most.view(-1)[: n * k].view(n, k)
     return views[n, k]
 
@@ -266,7 +266,7 @@ def _merged_product(
         return F.linear(x, weight, bias)
     if not _multiplies(x, weight) or not (bias is None or bias.stride(0) == 1):
         return F.linear(x, _merge(weight, a, b, scales), bias)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=_FLOAT)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
     _merge(weight, a, b, scales, x, bias, False, False, y)
     return y
 

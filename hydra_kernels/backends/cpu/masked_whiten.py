@@ -20,7 +20,7 @@ def moments(
     x: Tensor,  # float32, contiguous
     mask: Tensor,  # bool, contiguous
 ) -> Tensor:
-    out = torch.empty(3, dtype=torch.float64)
+    out = x.new_empty(3, dtype=torch.float64)
     extension.module.masked_whiten_moments_cpu(  # type: ignore[union-attr]
         *addresses(x, mask), x.numel(), out.data_ptr()
     )

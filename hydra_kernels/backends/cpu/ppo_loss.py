@@ -18,7 +18,7 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
 
 def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns stats (10,), the gradient of policy_loss, and of ``(vf_coef or 1) * value_loss``."""
-    stats = torch.empty(10, dtype=torch.float32)
+    stats = inputs.mask.new_empty(10, dtype=torch.float32)
     dlogprobs = None if inputs.logprobs is None else torch.empty_like(inputs.logprobs)
     dvalues = None if inputs.values is None else torch.empty_like(inputs.values)
     extension.module.ppo_loss_fwd_cpu(  # type: ignore[union-attr]
