@@ -1,8 +1,8 @@
 """Sampling by transformers' continuous batching: a paged cache, requests that come and go.
 
-Same model, same adapters: the pass runs in a thread of transformers' own, which is told the
-adapter ids of the one that asked. Tokens are drawn from one stream for the
-whole batch, so seeds repeat a batch and do not make a prompt independent of its neighbours.
+Same model, same adapters: the pass runs in a thread of transformers' own, which is told the adapter
+ids of the one that asked. Tokens are drawn from one stream for the whole batch, so seeds repeat a
+batch and do not make a prompt independent of its neighbours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.generation import configuration_utils
 import hydra_kernels.peft
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.rollout import Engine, Rollout, Sampling, of_rows, plain_generation_config
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows, plain_generation_config
 from hydra_rlhf.token_choice import is_filtered
 
 _log = logging.getLogger("hydra_rlhf")
@@ -63,23 +63,13 @@ class ContinuousEngine(Engine):
         self._settings = settings
         self._said = False
 
-    def __call__(
-        self,
-        model: HydraModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        sampling: Sampling,
-        *,
-        role: str = "actor",
-        with_logprobs: bool = False,
-        seeds: Sequence[int] | None = None,
-        keep_prefix: bool = False,
-    ) -> Rollout:
-        """See :class:`hydra_rlhf.rollout.Engine`. ``keep_prefix`` is not obeyed.
+    def sample(self, request: Request) -> Rollout:
+        """``keep_prefix`` is not obeyed.
 
         Raises:
             UserError: a setting, or a model, that continuous batching leaves out.
         """
+        model, input_ids, attention_mask, sampling, role, with_logprobs, seeds, _ = request
         _check(model, sampling)
         prompts = [
             row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)

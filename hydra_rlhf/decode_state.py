@@ -175,3 +175,20 @@ def new_state(
         sampled_logprobs=zeros(batch, tokens, dtype=torch.float32),
         values=zeros(batch, tokens, dtype=torch.float32) if values else None,
     )
+
+
+def widen(ids: Tensor, mask: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+    """Prompts and their masks with ``missing`` padded columns more on the left."""
+    return tuple(torch.nn.functional.pad(t, (missing, 0)) for t in (ids, mask))  # type: ignore
+
+
+def prefill_masks(mask: Tensor, dtype: torch.dtype, window: int | None) -> tuple[Tensor, Tensor]:
+    """(B, 1, P, P) to add to attention scores: for full and for sliding layers."""
+    P = mask.shape[1]
+    slots = torch.arange(P, device=mask.device)
+    lowest = torch.finfo(dtype).min
+    seen = (slots <= slots[:, None]) & (mask != 0)[:, None, None]
+    full = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, lowest)
+    if window is None or window >= P:
+        return full, full
+    return full, full.masked_fill(slots <= slots[:, None] - window, lowest)

@@ -25,12 +25,19 @@ from transformers.cache_utils import Cache
 
 import hydra_kernels.peft
 from hydra_kernels.replay import NotReplayable
-from hydra_rlhf.decode_state import Prefill, State, Unsupported, check_supported, new_state
+from hydra_rlhf.decode_state import (
+    Prefill,
+    State,
+    Unsupported,
+    check_supported,
+    new_state,
+    prefill_masks,
+    widen,
+)
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
-from hydra_rlhf.rollout import Engine, Rollout, Sampling
-from hydra_rlhf.rollout import generate as generate_by_transformers
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, generate
 from hydra_rlhf.token_choice import Chosen, choose, write
 
 _log = logging.getLogger("hydra_rlhf")
@@ -80,42 +87,27 @@ class RolloutEngine(Engine):
         self._adapter = torch.tensor(-1, device=model.device)
         self._refused = False
 
-    def __call__(
-        self,
-        model: HydraModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        sampling: Sampling,
-        *,
-        role: str = "actor",
-        with_logprobs: bool = False,
-        seeds: Sequence[int] | None = None,
-        keep_prefix: bool = False,
-    ) -> Rollout:
-        """See :class:`hydra_rlhf.rollout.Engine`; by ``generate`` where this engine cannot run.
-
-        There, ``seeds`` and ``keep_prefix`` are not obeyed.
-        """
-        assert model is self.model
+    def sample(self, request: Request) -> Rollout:
+        """By ``generate`` where this engine cannot run; ``seeds`` and ``keep_prefix`` are not
+        obeyed there."""
+        assert request.model is self.model
+        prompts = request.input_ids, request.attention_mask
         if not self._refused:
             try:
-                check_supported(model.config.get_text_config())
+                check_supported(self.model.config.get_text_config())
                 out = self.generate(
-                    input_ids,
-                    attention_mask,
-                    sampling,
-                    role=role,
-                    seeds=seeds,
-                    keep_prefix=keep_prefix,
+                    *prompts,
+                    request.sampling,
+                    role=request.role,
+                    seeds=request.seeds,
+                    keep_prefix=request.keep_prefix,
                 )
             except Unsupported as reason:
                 self._refused = True
                 _log.warning("rollouts run by transformers' generate: %s", reason)
             else:
-                return as_rollout(out, input_ids, attention_mask, with_logprobs)
-        return generate_by_transformers(
-            model, input_ids, attention_mask, sampling, role=role, with_logprobs=with_logprobs
-        )
+                return as_rollout(out, *prompts, request.with_logprobs)
+        return generate(*request[:4], role=request.role, with_logprobs=request.with_logprobs)
 
     @property
     def nbytes(self) -> int:
@@ -208,7 +200,7 @@ class RolloutEngine(Engine):
     ) -> dict[str, Tensor]:
         N, T = len(input_ids), sampling.response_length
         B = min(N, self.batch_size or N)
-        input_ids, attention_mask = _widen(input_ids, attention_mask, self._widened(input_ids))
+        input_ids, attention_mask = widen(input_ids, attention_mask, self._widened(input_ids))
         P = input_ids.shape[1]
         inputs = (input_ids, attention_mask, sampling, uniforms, values)
         owner: list[int | None] = list(range(B))  # the prompt that each row answers
@@ -276,7 +268,7 @@ class RolloutEngine(Engine):
         row = torch.arange(B, device=device) if rows is None else torch.tensor(rows, device=device)
         prefill = Prefill(state.cache, row)
         self._entering.state = None
-        masks = _prefill_masks(mask, self._dtype, self._window)
+        masks = prefill_masks(mask, self._dtype, self._window)
         hidden = self._trunk(ids, masks, position_ids(mask), prefill)
         layers = self.model.config.get_text_config().num_hidden_layers
         if prefill.count != layers:
@@ -503,19 +495,3 @@ def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device)
         return torch.rand(N, T, device=device)
     rows = [torch.rand(T, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     return torch.stack(rows).to(device)
-
-
-def _widen(ids: Tensor, mask: Tensor, missing: int) -> tuple[Tensor, Tensor]:
-    return tuple(torch.nn.functional.pad(t, (missing, 0)) for t in (ids, mask))  # type: ignore
-
-
-def _prefill_masks(mask: Tensor, dtype: torch.dtype, window: int | None) -> tuple[Tensor, Tensor]:
-    """(B, 1, P, P) to add to attention scores: for full and for sliding layers."""
-    P = mask.shape[1]
-    slots = torch.arange(P, device=mask.device)
-    lowest = torch.finfo(dtype).min
-    seen = (slots <= slots[:, None]) & (mask != 0)[:, None, None]
-    full = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, lowest)
-    if window is None or window >= P:
-        return full, full
-    return full, full.masked_fill(slots <= slots[:, None] - window, lowest)

@@ -8,11 +8,8 @@ once for each model that samples, with the :class:`hydra_rlhf.model.HydraModel` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from torch import Tensor
-
-from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.config import ROLLOUT_ENGINES, PPOConfig
 from hydra_rlhf.continuous_rollout import ContinuousEngine
 from hydra_rlhf.engine import RolloutEngine
@@ -20,14 +17,16 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rewards import load_named
-from hydra_rlhf.rollout import Engine, Rollout, Sampling
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, generate
 from hydra_rlhf.vllm_rollout import VLLMEngine
 
 Factory = Callable[[HydraModel, PPOConfig], Engine]
 
 
 class GenerateEngine(Engine):
-    """Samples by transformers' ``generate``, from torch's generator: seeds are not obeyed.
+    """Samples by transformers' ``generate``, from torch's generator.
+
+    ``seeds`` and ``keep_prefix`` are not obeyed.
 
     Args:
         synced_gpus: As transformers': go on until every process is done.
@@ -36,26 +35,11 @@ class GenerateEngine(Engine):
     def __init__(self, *, synced_gpus: bool = False):
         self.synced_gpus = synced_gpus
 
-    def __call__(
-        self,
-        model: HydraModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        sampling: Sampling,
-        *,
-        role: str = "actor",
-        with_logprobs: bool = False,
-        seeds: Sequence[int] | None = None,
-        keep_prefix: bool = False,
-    ) -> Rollout:
-        """See :class:`hydra_rlhf.rollout.Engine`. ``seeds`` and ``keep_prefix`` are not obeyed."""
-        return rollouts.generate(
-            model,
-            input_ids,
-            attention_mask,
-            sampling,
-            role=role,
-            with_logprobs=with_logprobs,
+    def sample(self, request: Request) -> Rollout:
+        return generate(
+            *request[:4],
+            role=request.role,
+            with_logprobs=request.with_logprobs,
             synced_gpus=self.synced_gpus,
         )
 

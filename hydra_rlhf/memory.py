@@ -20,10 +20,9 @@ import transformers
 
 from hydra_rlhf import experience, update
 from hydra_rlhf.config import METHODS, PPOConfig
-from hydra_rlhf.errors import UserError
+from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.model import ROLES
-from hydra_rlhf.pretrained import first_line
 from hydra_rlhf.rollout import Rollout
 from hydra_rlhf.shapes import LOGIT_COLUMNS, LOGIT_ROWS, META, Ledger, models_on_meta
 

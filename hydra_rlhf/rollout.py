@@ -101,15 +101,27 @@ class Rollout:
         )
 
 
+class Request(NamedTuple):
+    """What an engine is called with; see :meth:`Engine.__call__`."""
+
+    model: HydraModel
+    input_ids: Tensor  # (B, P)
+    attention_mask: Tensor  # (B, P)
+    sampling: Sampling
+    role: str
+    with_logprobs: bool
+    seeds: Sequence[int] | None
+    keep_prefix: bool
+
+
 class Engine(abc.ABC):
     """What samples responses: the one interface of the engines here and of your own.
 
-    A class with this ``__call__`` is an engine; ``release`` and ``nbytes`` matter where memory is
-    held from one call to the next. ``rollout_engine`` names one of ``engines.ENGINES``, or as
-    ``module:factory`` a function that makes yours; see ``engines.py``.
+    A class with ``sample`` is an engine; ``release`` and ``nbytes`` matter where memory is held
+    from one call to the next. ``rollout_engine`` is one of ``config.ROLLOUT_ENGINES``, or as
+    ``module:factory`` names a function that makes yours; see ``engines.py``.
     """
 
-    @abc.abstractmethod
     def __call__(
         self,
         model: HydraModel,
@@ -142,6 +154,12 @@ class Engine(abc.ABC):
         Raises:
             UserError: the model or a setting is out of the engine's reach.
         """
+        settings = (role, with_logprobs, seeds, keep_prefix)
+        return self.sample(Request(model, input_ids, attention_mask, sampling, *settings))
+
+    @abc.abstractmethod
+    def sample(self, request: Request) -> Rollout:
+        """What a call does."""
 
     def release(self) -> None:  # noqa: B027  there may be nothing to free
         """Frees what is held between calls: the next phase wants the memory."""

@@ -228,7 +228,7 @@ def room_for_gradients(run: Run, critic_only: bool) -> list[tuple[nn.Parameter, 
     """A place for the gradient of each adapter weight and head, all in one piece; on a CPU.
 
     Made in backward, each would lie where an activation was just freed, and the heap would have no
-    hole left that the next pass's activations fit into: its resident set grew by a tenth. Empty
+    hole left that the next pass's activations fit into: its resident set grew by 3 to 5 %. Empty
     where gradients are as large as the model, in parts, or on a device whose allocator has pools.
     """
     groups = run.state.optimizer.param_groups

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.rollout import Engine, Rollout, Sampling, of_rows
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows
 
 
 class VLLMEngine(Engine):
@@ -48,25 +48,15 @@ class VLLMEngine(Engine):
         self._llm: Any = None
         self._handed_over = 0  # adapters so far: vLLM keeps one by its number
 
-    def __call__(
-        self,
-        model: HydraModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        sampling: Sampling,
-        *,
-        role: str = "actor",
-        with_logprobs: bool = False,
-        seeds: Sequence[int] | None = None,
-        keep_prefix: bool = False,
-    ) -> Rollout:
-        """See :class:`hydra_rlhf.rollout.Engine`; log-probabilities are vLLM's, as it sampled.
+    def sample(self, request: Request) -> Rollout:
+        """Log-probabilities are vLLM's, as it sampled.
 
         They always come, for the weights of the mismatch; ``keep_prefix`` is not obeyed.
 
         Raises:
             UserError: the model has no adapters, so that nothing small can be handed over.
         """
+        model, input_ids, attention_mask, sampling, role, _, seeds, _ = request
         if not model.adapters:
             raise UserError("rollout_engine 'vllm' is for methods with adapters, not for ppo")
         if self._llm is None:
@@ -83,8 +73,8 @@ class VLLMEngine(Engine):
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                request = self._hand_over(model, adapter, folder)
-                outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=request)
+                lora = self._hand_over(model, adapter, folder)
+                outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
         return _as_rollout([out.outputs[0] for out in outputs], input_ids, attention_mask, sampling)
 
     def _load(self, model: HydraModel) -> Any:

@@ -71,9 +71,9 @@ def _sgemm() -> int:
 
 
 #: Whether the extension multiplies wide matrices itself, by torch's BLAS.
-has_blas = module is not None and _sgemm() != 0
-if module is not None:
-    module.set_sgemm(_sgemm())
+has_blas = module is not None and (_address := _sgemm()) != 0
+if has_blas:
+    module.set_sgemm(_address)  # type: ignore[union-attr]
 #: How it was built: whether with CUDA, the compiler, the vector level that runs.
 build_info: dict[str, object] = module.build_info() if module is not None else {}
 _WITH_CUDA = bool(build_info.get("cuda"))
