@@ -369,6 +369,7 @@ def make_experience(
         estimator=config.kl_estimator,
         kl=scored.kl,
     )
+    given = rewards.double().sum(-1)  # (B,) score and penalty, by the estimator that trains
     if config.whiten_rewards:
         rewards = hydra_kernels.masked_whiten(rewards, mask, shift_mean=False, reduce=processes.sum)
     advantages, returns = hydra_kernels.gae(
@@ -393,8 +394,8 @@ def make_experience(
     metrics = {
         "objective/kl": sequence_kl.mean(),
         "objective/entropy": torch.where(mask, entropy, 0.0).sum(-1).mean(),
-        "objective/non_score_reward": -kl_coef * sequence_kl.mean(),
-        "objective/rlhf_reward": (scores - kl_coef * sequence_kl).mean(),
+        "objective/non_score_reward": (given - scores).mean(),
+        "objective/rlhf_reward": given.mean(),
         "objective/scores": scored.scores.mean(),
         "objective/scores_std": processes.gather(scored.scores).std(correction=0),
         "objective/response_length": lengths.mean(),
