@@ -1,4 +1,4 @@
-"""Whether a recorder watches this thread, so that ops are seen as the registered ops they are.
+"""Whether somebody watches this thread's operations, so that ops are called as registered ones.
 
 Kernels that are called with addresses are invisible to torch's dispatcher; a registered op is not.
 """
@@ -7,9 +7,37 @@ from __future__ import annotations
 
 import threading
 
+import torch
+from torch import Tensor
+
 
 class _Recording(threading.local):
     on: bool = False
 
 
+#: Whether ``hydra_kernels.replay`` records.
 state = _Recording()
+
+
+def watched() -> bool:
+    """Whether a compiler traces, or a mode of torch's dispatcher is on.
+
+    FakeTensorMode, make_fx, selective checkpointing, a recorder: under the first a tensor has no
+    memory, and the others would take a result for what its empty tensor was.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether it is one of FakeTensorMode's, by what they alone have."""
+    return hasattr(t, "fake_mode")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the values of a tensor on a CPU are there to be looked at."""
+    if torch.compiler.is_compiling() or is_fake(t):
+        return False
+    return torch._C._get_dispatch_mode(_PROXY) is None
+
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # make_fx's mode, to which a value is no constant

@@ -18,6 +18,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from hydra_kernels.backends.recording import is_fake
+
 REFERENCE = "reference"
 # cpu before triton: they compete only where Triton's interpreter stands in for a GPU.
 PRIORITY = ("cuda", "cpu", "triton", REFERENCE)
@@ -152,15 +154,21 @@ def runnable(op: str, *tensors: Tensor | None) -> tuple[str, ...]:
 def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend that runs ``op`` on ``tensors``.
 
-    Under a transform of torch.func (grad, vmap, jvp) it is the reference.
+    Under a transform of torch.func (grad, vmap, jvp), and of tensors of a class that stands before
+    torch's dispatcher (DTensor, quantised ones), it is the reference.
 
     Raises:
         NotImplementedError: ``backend``, or the one named by ``HYDRA_BACKEND``, cannot run the
             tensors; with every reason.
     """
     backend = asked_for(backend)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _under_a_transform(op, backend)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _only_reference(op, backend, "under a transform", _TRANSFORMS)
+        for t in tensors:
+            if t is not None and type(t) not in PLAIN and not _has_an_address(t):
+                reason = f"kernels take no {type(t).__qualname__}"
+                return _only_reference(op, backend, "these tensors", reason)
     if backend is None:
         for name, unsupported in _installed(op):
             reasons = unsupported(*tensors)
@@ -179,12 +187,23 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     return backend
 
 
-def _under_a_transform(op: str, backend: str | None) -> str:
-    """The reference, which is the only one that torch.func can take apart."""
-    reason = "torch.func's transforms (grad, vmap, jvp) need PyTorch's own operations"
+_TRANSFORMS = "torch.func's transforms (grad, vmap, jvp) need PyTorch's own operations"
+#: Classes of tensors that are no more than memory.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _has_an_address(t: Tensor) -> bool:
+    """Whether a kernel may be given it; a fake one, whose mode is on, never reaches a kernel."""
+    if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    return is_fake(t) and torch._C._len_torch_dispatch_stack() > 0
+
+
+def _only_reference(op: str, backend: str | None, what: str, reason: str) -> str:
+    """The reference, which is made of PyTorch's own operations."""
     if backend not in (None, REFERENCE):
         why = "; ".join([*_missing(op, backend), reason])
-        raise NotImplementedError(f"{op}: backend {backend!r} cannot run under a transform: {why}")
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run {what}: {why}")
     for name in _available(op):
         if backend is None and name != REFERENCE:
             _say_once(op, name, reason)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.reference import advantages as _reference  # noqa: F401  registers it
 from hydra_kernels.backends.token_ops import AdvantageInputs, state_dtype
 from hydra_kernels.ops.gae import gae
@@ -119,7 +119,7 @@ def advantages(
     name = registry.select(
         _OP, backend, scores, logprobs, ref_logprobs, values, mask, kl, last_values
     )
-    run = torch.ops.hydra.advantages if torch.compiler.is_compiling() else _run
+    run = torch.ops.hydra.advantages if recording.watched() else _run
     rewards, advantage, returns, moments = run(
         *AdvantageInputs(
             scores,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.reference import gae as _reference  # noqa: F401  registers it
 from hydra_kernels.backends.token_ops import state_dtype
 from hydra_kernels.ops.token_tensors import (
@@ -72,7 +72,7 @@ def gae(
     rewards, values, last_values = map(dense, (rewards, values, last_values))
     mask = mask.contiguous()
     name = registry.select(_OP, backend, rewards, values, mask, last_values)
-    run = _compiled if torch.compiler.is_compiling() else _run
+    run = _compiled if recording.watched() else _run
     return run(rewards, values, mask, gamma, lam, last_values, name)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.reference import kl_rewards as _reference  # noqa: F401  registers it
 from hydra_kernels.backends.token_ops import ESTIMATORS, state_dtype
 from hydra_kernels.ops.token_tensors import (
@@ -100,7 +100,7 @@ def kl_rewards(
     scores, logprobs, ref_logprobs, kl = map(dense, (scores, logprobs, ref_logprobs, kl))
     mask = mask.contiguous()
     name = registry.select(_OP, backend, scores, logprobs, ref_logprobs, mask, kl)
-    run = _compiled if torch.compiler.is_compiling() else _run
+    run = _compiled if recording.watched() else _run
     return run(scores, logprobs, ref_logprobs, mask, kl_coef, estimator, kl, name)
 
 

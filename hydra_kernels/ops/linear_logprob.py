@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 from hydra_kernels.backends.reference import linear_logprob as reference
 from hydra_kernels.ops.once import once
@@ -111,7 +111,7 @@ def linear_logprob(
             memory == "save" and torch.is_grad_enabled(),
             chosen,
         )
-        if torch.compiler.is_compiling():
+        if recording.watched():
             out = torch.ops.hydra.linear_logprob_fwd(*args)[:5]
         else:
             out = _LinearLogprob.apply(*args)
@@ -174,7 +174,7 @@ def _check(
         )
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"{_OP}: softcap must be above 0 or None, got {softcap}")
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and targets.numel() and recording.readable(targets):
         bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))]
         if bad.numel():
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan
 from hydra_kernels.backends.reference import lora_linear as reference
 from hydra_kernels.ops.lora_passes import run
@@ -249,7 +249,12 @@ def _select(
     tensors: tuple[Tensor | None, ...],
 ) -> str:
     """registry.select, remembered on a CPU, whose backends ask for devices and dtypes alone."""
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if (
+        not x.is_cpu
+        or type(x) not in registry.PLAIN
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return registry.select(op, backend, x, adapter_ids, seed, *tensors)
     found: list = [
         op,
@@ -259,6 +264,8 @@ def _select(
         seed is None,
     ]
     for t in tensors:
+        if t is not None and type(t) not in registry.PLAIN:
+            return registry.select(op, backend, x, adapter_ids, seed, *tensors)
         found.append(None if t is None else t.dtype if t.is_cpu else t.device)
     key = tuple(found)
     chosen = _CHOICES.get(key)
@@ -405,7 +412,7 @@ _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
 
 def check_ids(adapter_ids: Tensor, n: int) -> None:
     """Raises ValueError for an id outside -1 to ``n - 1``, where looking at it costs no sync."""
-    if adapter_ids.numel() == 0 or torch.compiler.is_compiling():
+    if adapter_ids.numel() == 0 or not recording.readable(adapter_ids):
         return
     if adapter_ids.device.type != "cpu" and os.environ.get("HYDRA_CHECK") != "1":
         return

@@ -21,7 +21,7 @@ def run(
     seed: Tensor | None,
     tensors: tuple[Tensor | None, ...],  # weights, biases, lora_a, lora_b
 ) -> tuple[Tensor, ...]:
-    traced = torch.compiler.is_compiling() or recording.state.on
+    traced = recording.watched()
     if traced or torch._C._is_any_autocast_enabled():
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -47,9 +47,8 @@ def run(
         )
         return tuple(ys)
     if torch.is_grad_enabled():
-        if torch._C._are_functorch_transforms_active():
-            return _LoraLinear.apply(chosen, plan, adapter_ids, seed, x, *tensors)
-        # What Function.apply calls in the end, without the 5 us of asking about functorch.
+        # What Function.apply calls in the end, without the 5 us of asking about torch.func's
+        # transforms, which the choice of the backend has asked about.
         return _apply(chosen, plan, adapter_ids, seed, x, *tensors)
     return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.reference import masked_whiten as _reference  # noqa: F401  registers
 from hydra_kernels.backends.token_ops import state_dtype
 from hydra_kernels.ops.token_tensors import check_bool, check_same_device, check_shape, dense
@@ -56,7 +56,7 @@ def masked_whiten(
     x, mask = dense(x), mask.contiguous()
     name = registry.select(_OP, backend, x, mask)
 
-    moments_of = _compiled_moments if torch.compiler.is_compiling() else _run_moments
+    moments_of = _compiled_moments if recording.watched() else _run_moments
     moments = moments_of(x, mask, name)
     if reduce is not None:
         moments = reduced_moments(moments, reduce)
@@ -65,7 +65,7 @@ def masked_whiten(
 
 def whiten_by(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
     """Whitens by moments that are already known."""
-    run = _compiled if torch.compiler.is_compiling() else _run
+    run = _compiled if recording.watched() else _run
     return run(x, mask, moments, shift_mean, backend)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.reference import ppo_loss as reference
 from hydra_kernels.backends.token_ops import PPOInputs
 from hydra_kernels.ops.once import once
@@ -123,7 +123,7 @@ def ppo_loss(
     inputs = PPOInputs._make(
         [*[t if t is None else t.contiguous() for t in (*tensors, mask)], *coefs]
     )
-    if compiling:
+    if recording.watched():
         stats = torch.ops.hydra.ppo_loss_fwd(*inputs, chosen)[0]
         loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
         return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
