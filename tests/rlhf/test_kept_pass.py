@@ -1,11 +1,15 @@
 """The scoring pass that is kept for the first epoch of the update."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from hydra_rlhf import ppo
 from hydra_rlhf.config import METHODS
-from hydra_rlhf.experience import Experience
+from hydra_rlhf.experience import Experience, kept_roles
+from hydra_rlhf.faults import Shrinking
 from hydra_rlhf.methods import method_from_model
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.rollout import Rollout
@@ -30,6 +34,7 @@ from tests.rlhf.test_ppo import numbers, plain_model, run, settings
         ("hydra-ppo", {"gradient_accumulation_steps": 2}, 0),
         ("j-hydra-ppo", {"kl_estimator": "exact"}, 0),
         ("j-hydra-ppo", {"critic_warmup_steps": 1}, 0),
+        ("j-hydra-ppo", {"detach_values": True, "vf_coef": 5.0}, 0),
     ],
 )
 def test_a_kept_scoring_pass_is_the_first_epochs(monkeypatch, method, changes, saved):
@@ -63,6 +68,20 @@ def test_a_kept_scoring_pass_is_the_first_epochs(monkeypatch, method, changes, s
     assert not prefix or kept["reuse/prefix_flops_saved"] < without["reuse/prefix_flops_saved"]
     for a, b in zip(parameters, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_no_graph_is_held_that_no_update_would_take():
+    """Of a rollout that the update takes in pieces, or after a microbatch had to be halved."""
+    models = method_from_model("hydra-ppo", plain_model(), lora=settings())
+    whole = settings(num_mini_batches=1)
+    assert kept_roles(whole, models) == ["critic"]
+    for changes in ({"gradient_accumulation_steps": 2}, {"num_mini_batches": 2}):
+        assert kept_roles(settings(**{"num_mini_batches": 1, **changes}), models) == []
+    state = SimpleNamespace(config=whole, models=models, processes=SimpleNamespace(sharding=None))
+    run = SimpleNamespace(state=state, microbatch=Shrinking("per_device_train_batch_size", 4))
+    assert ppo.passes_to_keep(run, 1) == ["critic"]
+    run.microbatch.size = 2
+    assert ppo.passes_to_keep(run, 1) == []
 
 
 def test_a_kept_pass_is_given_once_in_the_order_asked_for():

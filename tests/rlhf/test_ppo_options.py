@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 
 from hydra_rlhf import trunk as trunks
 from hydra_rlhf import update as updates
-from hydra_rlhf.experience import make_experience
+from hydra_rlhf.errors import UserError
+from hydra_rlhf.experience import check_rollout_logprobs, make_experience
 from hydra_rlhf.methods import build_method, lora_config_of, method_from_model
 from hydra_rlhf.model import HydraModel, Score
 from hydra_rlhf.processes import Processes
@@ -223,6 +224,39 @@ def test_gradients_lie_in_one_piece(monkeypatch, method):
     for a, b in zip(together.models, apart.models, strict=True):
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(x, y)
+
+
+def test_rollout_and_scoring_have_to_agree_on_every_token():
+    """One token of many that is off, above or below, or that is no number."""
+    mask = torch.ones(4, 100, dtype=torch.bool)
+    scored = Score(logprobs=torch.full((4, 100), -1.0))
+    for off in (2e-4, -2e-4, math.nan):
+        sampled = scored.logprobs.clone()
+        sampled[2, 50] += off
+        rollout = Rollout(mask, mask, mask, mask[:, 0], sampled)
+        with pytest.raises(RuntimeError, match=r"log-probabilities differ by (0.0002|nan) nats"):
+            check_rollout_logprobs(rollout, scored, 1e-4)
+        if off == off:
+            check_rollout_logprobs(rollout, scored, 3e-4)
+
+
+def test_a_prompt_leaves_room_for_its_response():
+    """In a context of 64 tokens and with 5 of response: whatever max_prompt_length allows."""
+    for longest in (None, 1000):
+        config = settings(max_steps=1, max_prompt_length=longest, num_mini_batches=1)
+        with pytest.raises(UserError, match="prompt 0 has 60 tokens, more than 59"):
+            run(config, prompts=[" ".join(["w3"] * 60)])
+        assert run(config, prompts=[" ".join(["w3"] * 59)]).metrics
+
+
+def test_a_reward_function_spares_the_reward_model():
+    models = method_from_model("lora-ppo", plain_model(), lora=settings())
+    passes = []
+    models.reward.trunk.register_forward_hook(lambda *_: passes.append(1))
+    run(settings(method="lora-ppo", max_steps=1), models, word_reward)
+    assert not passes
+    run(settings(method="lora-ppo", max_steps=1), models)
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("family", THREE)
