@@ -37,6 +37,8 @@ def readable(t: Tensor) -> bool:
     """Whether the values of a tensor on a CPU are there to be looked at."""
     if torch.compiler.is_compiling() or is_fake(t):
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):  # vmap's have one for each of the batch
+        return False
     return torch._C._get_dispatch_mode(_PROXY) is None
 
 

@@ -251,9 +251,8 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.no_grad():
             args = _bwd_args(ctx, grads)
             found = (None,) * 3 if args is None else _bwd(*args)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            hidden, weight, _, bias = ctx.saved_tensors[:4]
-            found = once(_OP, found, (hidden, weight, bias, *grads))
+        if args is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = once(_OP, found, (args[4], args[5], args[7], *grads))  # hidden, weight, bias
         dhidden, dweight, dbias = found
         return (dhidden, dweight, None, dbias, *(None,) * 6)
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -485,6 +486,36 @@ def test_gradients_are_not_differentiable(backend):
         (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="linear_logprob: .* no derivative of its own"):
             torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_create_graph_through_a_checkpoint(backend):
+    """What is checkpointed may be unpacked once: also by a gradient that might be refused later."""
+    inputs = make_inputs(3, 16, 20, device_of(backend))
+    hidden = inputs["hidden"].requires_grad_()
+
+    def forward(hidden):
+        return linear_logprob(hidden, inputs["weight"], inputs["targets"], backend=backend).entropy
+
+    loss = torch.utils.checkpoint.checkpoint(forward, hidden, use_reentrant=False).sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(forward(hidden).sum(), hidden)[0])
+
+
+def test_transforms_agree_with_a_loop():
+    """torch.func's tensors of targets have no values to look at."""
+    inputs = make_inputs(12, 8, 20)
+    hidden, ref_hidden = inputs["hidden"].view(4, 3, 8), inputs["ref_hidden"].view(4, 3, 8)
+    targets = inputs["targets"].view(4, 3)
+
+    def loss(hidden, targets, ref_hidden):
+        out = linear_logprob(hidden, inputs["weight"], targets, ref_hidden=ref_hidden)
+        return (out.logprobs + out.kl).sum()
+
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(map(loss, leaf, targets, ref_hidden)), leaf)
+    actual = torch.vmap(torch.func.grad(loss))(hidden, targets, ref_hidden)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
