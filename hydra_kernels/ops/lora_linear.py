@@ -41,7 +41,7 @@ def lora_linear(
     and scaling 0.5 the row (1, 1) gives (5.5, 7), and (1, 1) where its id is -1.
 
     Args:
-        x: (\*, K). Differentiable, as are the adapters, and weight and bias when they ask for it.
+        x: (\*, K). Differentiable once, as are the adapters, and weight and bias when they ask.
         weight: (N, K), in x's dtype.
         lora_a: (R, K), or one (R_i, K) for each adapter; may be float32 over a bfloat16 base.
         lora_b: (N, R), or one (N, R_i) for each adapter, in the dtype of its ``lora_a``.

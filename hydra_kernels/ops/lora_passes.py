@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan, saves_s
+from hydra_kernels.ops.once import once
 
 _OP = "lora_linear"
 
@@ -133,27 +134,34 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        x, s, adapter_ids, seed, *rest = ctx.saved_tensors
-        need = ctx.needs_input_grad[4:]
-        p = len(dys)
-        tensors = (*rest[:p], *(None,) * p, *rest[p:])
-        unread = [i for i in range(p) if dys[i] is None]  # not count(), which compares tensors
-        if len(unread) == p:
-            return (None,) * (5 + len(tensors))
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                dx, grads = _backward(
-                    ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need
-                )
-        else:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (None, None, None, None, *_gradients(ctx, saved, dys))
+        with torch.no_grad():
+            found = _gradients(ctx, saved, dys)
+        return (None, None, None, None, *once(_OP, found, (saved[0], *saved[4:], *dys)))
+
+
+def _gradients(
+    ctx, saved: tuple, dys: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:  # of x and of the tensors
+    x, s, adapter_ids, seed, *rest = saved
+    need = ctx.needs_input_grad[4:]
+    p = len(dys)
+    tensors = (*rest[:p], *(None,) * p, *rest[p:])
+    unread = [i for i in range(p) if dys[i] is None]  # not count(), which compares tensors
+    if len(unread) == p:
+        return (None,) * (1 + len(tensors))
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
-        if unread:
-            unused = [
-                dy is None for dy, n in zip(dys, ctx.plan.counts, strict=True) for _ in range(n)
-            ]
-            for i, none in enumerate((*unused, *unused), start=2 * p):
-                grads[i] = None if none else grads[i]
-        return (None, None, None, None, dx, *grads)
+    else:
+        dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)
+    if unread:
+        unused = [dy is None for dy, n in zip(dys, ctx.plan.counts, strict=True) for _ in range(n)]
+        for i, none in enumerate((*unused, *unused), start=2 * p):
+            grads[i] = None if none else grads[i]
+    return (dx, *grads)
 
 
 _apply = super(torch.autograd.Function, _LoraLinear).apply

@@ -248,6 +248,55 @@ def test_outputs_may_be_changed_in_place(backend, leading):
         torch.testing.assert_close(dx, 2 * merged.sum(0).expand_as(x))
 
 
+# on a CPU: by BLAS, by the extension's kernels, by merged weights
+@pytest.mark.parametrize(
+    "backend, rows",
+    [(b, rows) for b in training_backends(OP) for rows in ((3, 12, 90) if b == "cpu" else (3,))],
+)
+def test_gradients_are_not_differentiable(backend, rows):
+    """A gradient penalty would miss its own share: refused, also where the rest of it asks."""
+    device = device_of(backend)
+    weight, bias, (a,), (b,), _ = make_layer(5, 8, (2,), device=device)
+    tensors = [torch.randn(rows, 8, device=device), weight, bias, a, b]
+    for i, t in enumerate(tensors):
+        leaf = t.clone().requires_grad_()
+        x, w, c, *adapter = (*tensors[:i], leaf, *tensors[i + 1 :])
+        y = lora_linear(x, w, *adapter, 0.5, bias=c, backend=backend)
+        projections = [Projection(w, *adapter, 0.5, c)] * 2
+        _, read = lora_linear_group(x, projections, backend=backend)
+        for each in (y, read):
+            (grad,) = torch.autograd.grad(each.square().sum(), leaf, create_graph=True)
+            (once,) = torch.autograd.grad(each.square().sum(), leaf, retain_graph=True)
+            torch.testing.assert_close(grad, once)
+            with pytest.raises(RuntimeError, match="lora_linear: its gradient has no derivative"):
+                torch.autograd.grad(grad.square().sum() + leaf.sum(), leaf)
+
+
+def test_the_second_derivative_of_the_reference():
+    f, tensors = reference_arguments((1, 2), 2, 2, 0.4, torch.tensor([[0, 1, -1], [1, 1, 0]]))
+    assert torch.autograd.gradgradcheck(f, tensors)
+
+
+def test_transforms_agree_with_a_loop():
+    """Also after a call without one: what that chose cannot read the tensors of torch.func."""
+    weight, bias, lora_a, lora_b, scaling = make_layer(5, 8, (2, 3))
+    x, ids = torch.randn(4, 3, 8), torch.tensor([0, -1, 1, 0])
+
+    def one(x, i):
+        return lora_linear(x, weight, lora_a, lora_b, scaling, adapter_ids=i, bias=bias)
+
+    def group(x, i):
+        return lora_linear_group(x, [Projection(weight, lora_a, lora_b, scaling)], adapter_ids=i)[0]
+
+    for f in (one, group):
+        expected = torch.stack([f(*row) for row in zip(x, ids, strict=True)])
+        torch.testing.assert_close(torch.vmap(f)(x, ids), expected)
+        dx = torch.vmap(torch.func.grad(lambda x, i, f=f: f(x, i).square().sum()))(x, ids)
+        leaf = x.clone().requires_grad_()
+        loss = sum(f(*row).square().sum() for row in zip(leaf, ids, strict=True))
+        torch.testing.assert_close(dx, torch.autograd.grad(loss, leaf)[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_projection_that_nothing_reads_gets_no_gradient(backend):
     device = device_of(backend)
