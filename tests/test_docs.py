@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_the_planned_memory_in_the_readme_is_what_plan_says():
     from transformers import LlamaConfig
 
     from hydra_rlhf import memory
-    from hydra_rlhf.config import PPOConfig
+    from hydra_rlhf.config import METHODS, PPOConfig
 
     llama_2_7b = LlamaConfig(
         vocab_size=32000,
@@ -148,15 +149,29 @@ def test_the_planned_memory_in_the_readme_is_what_plan_says():
         max_position_embeddings=4096,
     )
     config = PPOConfig(response_length=256, dtype="bfloat16", gradient_checkpointing=True)
-    plan = memory.plan(llama_2_7b, config, method="hydra-ppo", prompt_length=512)
     table = (ROOT / "README.md").read_text().split("<!-- plan -->")[1].split("\n\n")[0]
     rows = {cells[1].strip(): cells[2:-1] for cells in map(split_row, table.splitlines()) if cells}
-    column = [method.strip(" `") for method in rows["GB"]].index("hydra-ppo")
-    said = {name: cells[column].strip() for name, cells in rows.items()}
-    trained = plan.adapters + plan.gradients + plan.optimizer
-    assert said["weights"] == f"{plan.weights / 1e9:.1f}"
-    assert said["adapters, gradients, optimizer"] == f"{trained / 1e9:.1f}"
-    assert said["peak"] == f"{plan.peak / 1e9:.1f}"
+    methods = [method.strip(" `") for method in rows["GB"]]
+    assert sorted(methods) == sorted(METHODS)
+    for column, method in enumerate(methods):
+        said = {name: cells[column].strip() for name, cells in rows.items()}
+        plan = memory.plan(llama_2_7b, config, method=method, prompt_length=512)
+        trained = plan.adapters + plan.gradients + plan.optimizer
+        assert said["weights"] == f"{plan.weights / 1e9:.1f}"
+        assert said["adapters, gradients, optimizer"] == f"{trained / 1e9:.1f}"
+        assert said["peak"] == f"{plan.peak / 1e9:.1f}"
+    # The command's other half, for one method: a batch more does not fit.
+    most = int(rows["largest batch that fits"][methods.index("hydra-ppo")])
+    sized = (
+        replace(
+            config,
+            per_device_train_batch_size=batch,
+            local_rollout_forward_batch_size=batch,
+        )
+        for batch in (most, most + 1)
+    )
+    fits, too_large = (memory.plan(llama_2_7b, s, method="hydra-ppo").peak for s in sized)
+    assert fits <= 79e9 < too_large
 
 
 def split_row(line: str) -> list[str]:
