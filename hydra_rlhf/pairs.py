@@ -103,8 +103,8 @@ def encode_pairs(
         encoded.append(
             EncodedPair(
                 prompts[index],
-                [*chosen[index], eos][:room],
-                [*rejected[index], eos][:room],
+                _ended(tokenizer, chosen[index], eos)[:room],
+                _ended(tokenizer, rejected[index], eos)[:room],
                 pair.margin,
             )
         )
@@ -229,6 +229,18 @@ def batches(
 
 def _encode_responses(tokenizer: Any, responses: list[str]) -> list[list[int]]:
     return tokenizer(responses, add_special_tokens=False)["input_ids"]
+
+
+def _ended(tokenizer: Any, response: list[int], eos: int) -> list[int]:
+    """With eos once at its end, where the policy stops and the reward is read.
+
+    A chat template may have written it already, and a line break behind it.
+    """
+    if eos in response:
+        end = len(response) - response[::-1].index(eos)
+        if not tokenizer.decode(response[end:]).strip():
+            return response[:end]
+    return [*response, eos]
 
 
 def _divergence(pair: EncodedPair) -> int:

@@ -10,6 +10,7 @@ from hydra_rlhf import sft
 from hydra_rlhf.commands.sft import add_lora
 from hydra_rlhf.data import Preference
 from hydra_rlhf.data.bundled import build_tokenizer
+from hydra_rlhf.data.dialogue import Dialogue
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pair_loss import PairLoss, calibration_error, reward_losses
@@ -66,6 +67,31 @@ def pairs(count):
 def test_a_response_ends_with_eos_and_is_cut_to_fit():
     encoded = encode_pairs(Words(), [Preference("5 6", "7 8", "9 10 11 12")], max_length=5)
     assert encoded == [EncodedPair([5, 6], [7, 8, 2], [9, 10, 11], None)]
+
+
+def test_an_end_that_a_chat_template_wrote_is_the_only_one():
+    """The reward head is trained where PPO reads it: at the first eos after the answer."""
+    tokenizer = build_tokenizer(["Is it warm? Yes. No, go away."], 300)
+    end = "{{ m['content'] }}</s>\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"role": "user", "content": "Is it warm?"}]
+    answers = [
+        [{"role": "assistant", "content": "Yes."}],
+        [{"role": "assistant", "content": "No."}, *turns, {"role": "assistant", "content": "No."}],
+    ]
+    prompt, (chosen, rejected) = Dialogue(tokenizer).render(turns, answers)
+    assert chosen == "Yes.</s>\n" and rejected.count("</s>") == 3
+    (pair,) = encode_pairs(tokenizer, [Preference(prompt, chosen, rejected)], max_length=99)
+    eos = tokenizer.eos_token_id
+    assert pair.chosen == [*tokenizer("Yes.")["input_ids"], eos]
+    assert pair.rejected.count(eos) == 3 and pair.rejected[-1] == eos != pair.rejected[-2]
+    # In the middle alone it does not end the answer.
+    (pair,) = encode_pairs(tokenizer, [Preference("Is", " it</s> warm", "")], max_length=99)
+    assert pair.chosen.count(eos) == 2 and pair.chosen[-1] == eos
+    assert pair.rejected == [eos]
 
 
 @pytest.mark.parametrize(
