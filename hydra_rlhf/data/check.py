@@ -17,8 +17,10 @@ from hydra_rlhf.data.rows import BadRow, Row, read_rows
 from hydra_rlhf.data.trees import grown
 
 MAX_BAD_ROWS = 20  # so many are listed; all are counted
+LONG_PROBLEM = 100  # characters: the list of known formats is not said for every row
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 PARTS = ("prompt", "completion", "chosen", "rejected")
+_TURNS = (*PARTS, "messages", "conversations")  # columns that may hold a dialogue
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Report:
     repeated_prompts: int = 0  # examples whose prompt an earlier one has
     identical_pairs: int = 0  # chosen equals rejected
     empty_answers: int = 0
+    empty_prompts: int = 0  # of pairs and bare prompts: demonstrations may do without
     characters: dict[str, list[int]] = field(default_factory=dict)  # by part, at QUANTILES
     tokens: dict[str, list[int]] = field(default_factory=dict)  # the same, with a tokenizer
     max_length: int | None = None
@@ -79,6 +82,7 @@ def check(
     report = Report(str(source), named.name if named else None, max_length=max_length)
     dialogue = Dialogue(tokenizer, plain=True)
     tally = _Tally(report, tokenizer)
+    said: dict[str, str] = {}  # a problem -> the row where it was first met
     for row in grown(read_rows(source, split=split)):
         report.rows += 1
         try:
@@ -92,7 +96,11 @@ def check(
         except BadRow as error:
             report.bad_rows += 1
             if len(report.problems) < MAX_BAD_ROWS:
-                report.problems.append((row.where, str(error)))
+                why = str(error)
+                first = said.setdefault(why, row.where)
+                if first != row.where and len(why) > LONG_PROBLEM:
+                    why = f"as {first}"
+                report.problems.append((row.where, why))
     tally.finish()
     report.has_transcripts &= not getattr(tokenizer, "chat_template", None)
     return report
@@ -108,7 +116,7 @@ def _detected(row: Row, report: Report) -> Format:
 
 
 def _is_conversational(values: dict[str, Any]) -> bool:
-    return any(isinstance(values.get(key), list) for key in (*PARTS, "messages")) or isinstance(
+    return any(isinstance(values.get(key), list) for key in _TURNS) or isinstance(
         values.get("prompt"), dict
     )
 
@@ -135,6 +143,8 @@ class _Tally:
         self.prompts.add(prompt)
         if isinstance(example, Preference):
             report.identical_pairs += example.chosen == example.rejected
+        if not isinstance(example, Demonstration):
+            report.empty_prompts += not example.prompt.strip()
         report.empty_answers += any(
             not text.strip() for part, text in parts.items() if part != "prompt"
         )
@@ -173,6 +183,7 @@ def render(report: Report) -> str:
         (report.repeated_prompts, "examples repeat an earlier one's prompt"),
         (report.identical_pairs, "pairs have the same text chosen and rejected"),
         (report.empty_answers, "examples have an empty answer"),
+        (report.empty_prompts, "examples have an empty prompt"),
         (report.overlong, f"examples do not fit into {report.max_length} tokens"),
     ):
         if count:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydra_rlhf.data.cells import extra_of, number, text
-from hydra_rlhf.data.dialogue import Dialogue, Messages, check_unicode
+from hydra_rlhf.data.dialogue import Dialogue, Messages, check_unicode, messages_of
 from hydra_rlhf.data.example import Demonstration, Preference
 from hydra_rlhf.data.rows import BadRow, kind_of
 
@@ -77,10 +77,35 @@ def summarize_from_feedback(values: dict[str, Any], dialogue: Dialogue) -> Itera
 
 def instruction(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Demonstration]:
     """GPT-4-LLM's and Alpaca's instructions: ``instruction``, ``input`` if any, ``output``."""
-    given = text(values, "input") if values.get("input") is not None else ""
-    prompt = _asked(text(values, "instruction"), given)
-    extra = extra_of(values, "instruction", "input", "output")
-    yield Demonstration(prompt, _spaced(text(values, "output")), extra)
+    extra = extra_of(values, *_INSTRUCTION, "output")
+    yield Demonstration(_instructed(values), _spaced(text(values, "output")), extra)
+
+
+def instruction_pairs(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preference]:
+    """LLaMA-Factory's pairs in Alpaca's columns: ``chosen`` and ``rejected`` for ``output``."""
+    better, worse = (_spaced(text(values, column)) for column in ("chosen", "rejected"))
+    extra = extra_of(values, *_INSTRUCTION, "chosen", "rejected")
+    yield Preference(_instructed(values), better, worse, None, extra)
+
+
+def sharegpt(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Demonstration]:
+    """ShareGPT's dialogues: turns ``from`` human or gpt, each with a ``value``."""
+    turns = _turns(values)
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise BadRow("column 'conversations': expected gpt's answer as the last turn")
+    prompt, (completion,) = dialogue.render(turns[:-1], [turns[-1:]])
+    yield Demonstration(prompt, completion, extra_of(values, "conversations", "system"))
+
+
+def sharegpt_pairs(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preference]:
+    """LLaMA-Factory's pairs in ShareGPT's columns: two turns that may follow the dialogue."""
+    answers = []
+    for column in ("chosen", "rejected"):
+        answer = values[column]
+        answers.append(_turn_messages(answer if isinstance(answer, list) else [answer], column))
+    prompt, (better, worse) = dialogue.render(_turns(values), answers)
+    extra = extra_of(values, "conversations", "system", "chosen", "rejected")
+    yield Preference(prompt, better, worse, None, extra)
 
 
 def gpt4_comparisons(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preference]:
@@ -148,6 +173,50 @@ def _ranked(
 
 def _kept(message: dict[str, Any]) -> bool:
     return not message.get("deleted") and message.get("review_result") is not False
+
+
+_INSTRUCTION = ("instruction", "input", "system", "history")
+
+
+def _instructed(values: dict[str, Any]) -> str:
+    """The prompt in Alpaca's columns, after the system's text where a row has one."""
+    if values.get("history"):
+        raise BadRow("column 'history': earlier turns are not read here; write rows as messages")
+    system, given = (
+        text(values, column) if values.get(column) is not None else ""
+        for column in ("system", "input")
+    )
+    asked = _asked(text(values, "instruction"), given)
+    return f"{system.strip()}\n\n{asked}" if system.strip() else asked
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _turns(values: dict[str, Any]) -> Messages:
+    turns = _turn_messages(values["conversations"], "conversations")
+    if values.get("system") is not None and text(values, "system").strip():
+        turns.insert(0, {"role": "system", "content": text(values, "system")})
+    return turns
+
+
+def _turn_messages(turns: Any, column: str) -> Messages:
+    """``from`` and ``value`` as ``role`` and ``content``; turns that have these are left so."""
+    if isinstance(turns, list):
+        turns = [
+            {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+            if isinstance(turn, dict) and isinstance(turn.get("from"), str)
+            else turn
+            for turn in turns
+        ]
+    messages = messages_of(turns, column)
+    for index, message in enumerate(messages, 1):
+        if message["role"] not in ("user", "assistant", "system"):
+            raise BadRow(
+                f"column {column!r}: message {index}: expected a turn of human, gpt or system, "
+                f"found {message['role']!r:.40}"
+            )
+    return messages
 
 
 def _asked(instruction: str, given: str) -> str:

@@ -126,6 +126,19 @@ def _margin(values: Values) -> float | None:
 # In order: the first whose columns are there and whose `matches` agrees is taken.
 FORMATS = (
     Format("preference", ("prompt", "chosen", "rejected"), Preference, _preference),
+    # Before those that have fewer columns, which would take these rows and leave out the prompt.
+    Format(
+        "instruction-pairs",
+        ("instruction", "chosen", "rejected"),
+        Preference,
+        converters.instruction_pairs,
+    ),
+    Format(
+        "sharegpt-pairs",
+        ("conversations", "chosen", "rejected"),
+        Preference,
+        converters.sharegpt_pairs,
+    ),
     Format(
         "hh-rlhf", ("chosen", "rejected"), Preference, converters.hh_rlhf, converters.is_hh_rlhf
     ),
@@ -158,6 +171,7 @@ FORMATS = (
     ),
     Format("instruction", ("instruction", "output"), Demonstration, converters.instruction),
     Format("messages", ("messages",), Demonstration, _messages),
+    Format("sharegpt", ("conversations",), Demonstration, converters.sharegpt),
     Format("prompt-only", ("prompt",), Prompt, _prompt_only),
     Format("text", ("text",), Demonstration, _text),
 )

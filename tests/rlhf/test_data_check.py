@@ -77,6 +77,22 @@ def test_the_format_is_told_from_the_first_row_that_has_one(write):
     assert "unknown columns: found 'a'; known formats: preference" in report.problems[1][1]
 
 
+def test_a_long_problem_is_told_once(write):
+    report = check(write({"a": 1}, {"a": 1}, {"b": 1}))
+    (first, why), (second, same), (_, other) = report.problems
+    assert (first, second, same) == ("line 1", "line 2", "as line 1")
+    assert why.startswith("unknown columns: found 'a'; known formats: ")
+    assert other.startswith("unknown columns: found 'b'; known formats: ")
+
+
+def test_empty_prompts_are_counted(write):
+    pairs = [{"chosen": "red", "rejected": "blue"}, {"chosen": "a b", "rejected": "a c"}]
+    report = check(write(*pairs))
+    assert report.usable and report.empty_prompts == 1
+    assert "  1 examples have an empty prompt\n" in render(report)
+    assert check(write({"text": "a"})).empty_prompts == 0  # demonstrations may have none
+
+
 def test_conversations_without_a_template_are_measured_as_transcripts(write):
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     path = write({"messages": [user, answer]})
@@ -86,6 +102,8 @@ def test_conversations_without_a_template_are_measured_as_transcripts(write):
         "prompt": [len("\n\nHuman: a\n\nAssistant:")] * 6,
         "completion": [2] * 6,
     }
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert check(write({"conversations": turns})).has_transcripts
     tokenizer = build_tokenizer(["~"], 259)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert not check(path, tokenizer=tokenizer).has_transcripts

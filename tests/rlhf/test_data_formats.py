@@ -139,6 +139,35 @@ def test_gpt4_instructions(write):
     ]
 
 
+def test_pairs_in_alpacas_columns(write):
+    """Not an implicit prompt, which would leave out the instruction."""
+    row = {"instruction": "Say it.", "input": "sky", "chosen": "Blue.", "rejected": "Black."}
+    path = write({**row, "history": [], "system": None}, {**row, "input": "", "system": "Be kind."})
+    assert load_preferences(path) == [
+        Preference("Instruction: Say it.\n\nInput: sky\n\nResponse:", " Blue.", " Black."),
+        Preference("Be kind.\n\nInstruction: Say it.\n\nResponse:", " Blue.", " Black."),
+    ]
+    with pytest.raises(UserError, match="line 1: column 'history': earlier turns are not read"):
+        load_preferences(write({**row, "history": [["a", "b"]]}))
+
+
+def test_sharegpt(write, tokenizer):
+    human, gpt = {"from": "human", "value": "How is the sky?"}, {"from": "gpt", "value": "Blue."}
+    worse = {"from": "gpt", "value": "Go away."}
+    path = write({"conversations": [human, gpt], "id": 3}, {"conversations": [USER, GOOD]})
+    demonstration = Demonstration(CHAT.prompt, CHAT.chosen)
+    assert load_sft(path, tokenizer=tokenizer) == [
+        Demonstration(CHAT.prompt, CHAT.chosen, {"id": 3}),
+        demonstration,
+    ]
+    pair = {"conversations": [human], "chosen": gpt, "rejected": worse}
+    path = write(pair, {**pair, "chosen": [GOOD], "system": "Be kind."})
+    assert load_preferences(path, tokenizer=tokenizer) == [
+        CHAT,
+        Preference("<system>Be kind.</s>" + CHAT.prompt, CHAT.chosen, CHAT.rejected),
+    ]
+
+
 def test_gpt4_comparisons(write):
     answers = [
         {"response": "ok", "source": "text-davinci-003", "score": 6.0},
@@ -299,6 +328,14 @@ BAD_ROWS = {
         "'score'.*found true or false",
     ),
     "prompt": ({"prompt": {"role": "system"}, "chosen": "", "rejected": ""}, "text, found an obj"),
+    "tool turn": (
+        {"conversations": [{"from": "tool", "value": "a"}], "chosen": [GOOD], "rejected": [BAD]},
+        "'conversations': message 1: expected a turn of human, gpt or system, found 'tool'",
+    ),
+    "turn": (
+        {"conversations": "a", "chosen": [GOOD], "rejected": [BAD]},
+        "'conversations': expected a list of messages, found text",
+    ),
     "tree role": ({"prompt": {"text": "a", "role": "system"}}, "found 'system'"),
     "tree text": ({"prompt": {"text": 3, "role": "prompter"}}, "'text'.*a number"),
 }  # fmt: skip
@@ -340,7 +377,7 @@ def test_a_format_asked_for_by_name(write):
     path = write({"text": "a", "prompt": "b"})
     assert load_prompts(path) == [Prompt("b", {"text": "a"})]
     assert load_sft(path, format="text") == [Demonstration("", "a", {"prompt": "b"})]
-    with pytest.raises(UserError, match="unknown data format 'trl'; known formats: preference, hh"):
+    with pytest.raises(UserError, match="unknown data format 'trl'; known formats: preference, "):
         load_sft(path, format="trl")
     with pytest.raises(UserError, match="line 1: no column 'chosen'"):
         load_preferences(path, format="preference")
