@@ -101,9 +101,10 @@ class PPOConfig(LoraSettings):
     )
     reward_fn: str | None = _field(
         None,
-        "module:function that scores responses instead of the reward head. Called as "
-        "f(prompts=..., completions=..., **columns of the data set), returns one number each. "
-        "This runs your code. [ours, signature as TRL's reward_funcs]",
+        "module:function or file.py:function that scores responses instead of the reward head. "
+        "Called as f(prompts=..., completions=..., **columns of the data set) with texts, returns "
+        "one number each. Of a conversation the column prompt_messages has the messages. This "
+        "runs your code. [ours, signature as TRL's reward_funcs]",
     )
 
     # Length of the run

@@ -249,6 +249,9 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.extra.get(name) for prompt in prompts] for name in names}
 
 
+REWARD_JUDGE = "reward"  # the baseline's reward head: its scores are the rewards
+
+
 def summary_table(evaluation: Evaluation, title: str) -> Table:
     """One row a policy."""
     first = evaluation.policies[0]
@@ -257,7 +260,8 @@ def summary_table(evaluation: Evaluation, title: str) -> Table:
     if first.score is not None:
         numeric.append(f"{evaluation.judge} [95%]")
     numeric += ["win rate vs " + first.policy + " [95%]"]
-    if first.reward is not None:
+    has_reward = first.reward is not None and evaluation.judge != REWARD_JUDGE  # else it is there
+    if has_reward:
         numeric.append("RM reward")
     numeric += ["KL", "length", "ended", "distinct-2"]
     rows = []
@@ -266,7 +270,7 @@ def summary_table(evaluation: Evaluation, title: str) -> Table:
         if first.score is not None:
             row.append(interval(report.score))
         row.append(interval(report.win_rate, percent=True))
-        if first.reward is not None:
+        if has_reward:
             row.append("-" if report.reward is None else f"{report.reward.mean:.2f}")
         row += [
             "-" if report.kl is None else f"{report.kl.mean:.1f}",
@@ -300,6 +304,9 @@ def interval(estimate: Estimate | None, *, percent: bool = False) -> str:
 def answer_table(evaluation: Evaluation, count: int) -> Table:
     """The first prompts, unpicked, with every policy's answer and its scores."""
     rows = []
+    has_reward = evaluation.judge != REWARD_JUDGE and any(
+        given.rewards is not None for given in evaluation.answers
+    )
     for i in range(min(count, evaluation.num_prompts)):
         for k, given in enumerate(evaluation.answers):
             row = [
@@ -309,11 +316,13 @@ def answer_table(evaluation: Evaluation, count: int) -> Table:
             ]
             if evaluation.scores is not None:
                 row.append(f"{evaluation.scores[k][i]:.2f}")
-            row.append("-" if given.rewards is None else f"{given.rewards[i]:.2f}")
+            if has_reward:
+                row.append("-" if given.rewards is None else f"{given.rewards[i]:.2f}")
             rows.append(row)
-    scores = [evaluation.judge] if evaluation.scores is not None else []
-    columns = ["prompt", "policy", "answer", *scores, "RM reward"]
-    return table("The first prompts", columns, rows, numeric=len(scores) + 1)
+    numeric = [evaluation.judge] if evaluation.scores is not None else []
+    numeric += ["RM reward"] if has_reward else []
+    columns = ["prompt", "policy", "answer", *numeric]
+    return table("The first prompts", columns, rows, numeric=len(numeric))
 
 
 def draw(evaluation: Evaluation, path: Path) -> Path | None:

@@ -225,7 +225,7 @@ class Tracker:
 
     def say(self, text: str = "") -> None:
         """One line of plain text to the screen; brackets in it are not markup."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         """A rich table or other renderable to the screen."""

@@ -26,28 +26,37 @@ RewardFn = Callable[..., Sequence[float]]
 
 
 def load_reward_fn(spec: str) -> RewardFn:
-    """The function behind ``module:function``. Importing it runs the user's code.
+    """The function behind ``module:function`` or ``file.py:function``. This runs the user's code.
 
-    Modules are looked for in the working directory first.
+    Modules are looked for in the working directory first; a file finds those that lie beside it.
 
     Raises:
-        UserError: the form is wrong, or there is no such module or function.
+        UserError: the form is wrong, or there is no such module, file or function.
     """
     return load_named(spec, "reward_fn")
 
 
 def load_named(spec: str, setting: str) -> Callable[..., Any]:
     """As :func:`load_reward_fn`, for any setting of this form."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise UserError(f"{setting} must be module:function, got {spec!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    module_name, _, name = spec.rpartition(":")
+    is_file = module_name.endswith(".py")
+    if not module_name or not name or (not is_file and ("/" in spec or spec.startswith("."))):
+        raise UserError(f"{setting} must be module:function or file.py:function, got {spec!r}")
+    if is_file and not Path(module_name).is_file():
+        raise UserError(f"{setting}: there is no file {module_name}")
+    beside = str(Path(module_name).resolve().parent if is_file else Path.cwd())
+    if beside not in sys.path:
+        sys.path.insert(0, beside)
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(Path(module_name).stem if is_file else module_name)
     except ImportError as e:
         raise UserError(f"{setting}: cannot import {module_name}: {e}") from e
+    if is_file and Path(getattr(module, "__file__", None) or "").resolve() != (
+        Path(module_name).resolve()
+    ):
+        raise UserError(
+            f"{setting}: {module_name} has the name of a module that is already there; rename it"
+        )
     fn = getattr(module, name, None)
     if not callable(fn):
         raise UserError(f"{setting}: {module_name} has no function {name}")

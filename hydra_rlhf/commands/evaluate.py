@@ -41,8 +41,9 @@ class EvaluateConfig:
     num_prompts: int = setting(200, "how many of them; 0 for all")
     judge: str = setting(
         "auto",
-        "gold: the bundled task's; reward: the baseline's reward head; module:function; or the "
-        "path of a sequence classifier. auto is gold on the bundled prompts, else reward",
+        "gold: the bundled task's; reward: the baseline's reward head; module:function "
+        "or file.py:function; or the path of a sequence classifier. auto is gold on the bundled "
+        "prompts, else reward",
     )
     judge_url: str | None = setting(
         None,
@@ -138,7 +139,7 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
         prompts, answers, judge, seed=config.seed, rouge=config.rouge
     )
     _show(config, tracker, evaluation)
-    if judge.name == "reward":
+    if judge.name == evaluate.REWARD_JUDGE:
         tracker.say("note: judged by the reward head that PPO trains against; --judge for another")
     if isinstance(judge, ChatJudge):
         tracker.say(judge.summary())
@@ -237,7 +238,7 @@ def _judge(config: EvaluateConfig, device: Any) -> ScoreJudge | PairJudge | None
     name = config.judge
     if name == "auto":
         name = "gold" if config.prompts == "bundled" else "reward"
-    if name == "reward":
+    if name == evaluate.REWARD_JUDGE:
         return None
     if name == "gold":
         return ScoreJudge("gold", evaluate.gold)
@@ -254,4 +255,4 @@ def _reward_judge(answers: list[Answers]) -> ScoreJudge:
                 f"{given.policy}; give --judge"
             )
     queue = iter(answers)
-    return ScoreJudge("reward", lambda **given: next(queue).rewards or [])
+    return ScoreJudge(evaluate.REWARD_JUDGE, lambda **given: next(queue).rewards or [])

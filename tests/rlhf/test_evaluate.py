@@ -1,5 +1,6 @@
 """Comparing policies: intervals that hold, win rates by hand, answers that a seed fixes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -184,3 +185,18 @@ def test_tables_and_json_hold_every_policy(tmp_path, capsys):
     assert json.loads(found.to_json())["policies"][1]["policy"] == "B"
     assert evaluate.draw(found, tmp_path / "e.png").stat().st_size > 5_000
     assert torch.is_grad_enabled()
+
+
+def test_rewards_are_shown_once():
+    """The reward head's column stands beside another judge's, not beside its own."""
+
+    def columns(judge, *given):
+        found = judge_answers(PROMPTS, list(given), ScoreJudge(judge, by_length))
+        tables = evaluate.summary_table(found, "t"), evaluate.answer_table(found, 4)
+        return ["RM reward" in [column.header for column in table.columns] for table in tables]
+
+    plain = answers("A", *"wxyz")
+    headed = dataclasses.replace(plain, rewards=[1.0, 2.0, 3.0, 4.0])
+    assert columns("length", headed) == [True, True]
+    assert columns("reward", headed) == [False, False]
+    assert columns("length", plain) == [False, False]

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -195,11 +196,30 @@ def test_reward_functions_are_found_and_checked(tmp_path, monkeypatch):
         ("my_reward", "must be module:function"),
         ("no_such_module_here:f", "cannot import no_such_module_here"),
         ("my_reward:g", "has no function g"),
+        ("./my_reward:f", "must be module:function or file.py:function, got './my_reward:f'"),
+        ("./no_such.py:f", "there is no file ./no_such.py"),
     ):
         with pytest.raises(UserError, match=message):
             load_reward_fn(spec)
     with pytest.raises(UserError, match="gave inf for 'd' after 'b'"):
         call_reward_fn(lambda **_: [1.0, math.inf], ["a", "b"], ["c", "d"], {}, CPU)
+
+
+def test_a_reward_function_in_a_file_elsewhere(tmp_path, monkeypatch):
+    folder = tmp_path / "rewards"
+    folder.mkdir()
+    (folder / "scale_of_a_reward.py").write_text("SCALE = 3.0\n")
+    (folder / "reward_in_a_file.py").write_text(
+        "from scale_of_a_reward import SCALE\n\n"
+        "def f(prompts, completions):\n    return [SCALE] * len(prompts)\n"
+    )
+    (folder / "json.py").write_text("def f(prompts, completions):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for spec in ("rewards/reward_in_a_file.py:f", f"{folder}/reward_in_a_file.py:f"):
+        assert load_reward_fn(spec)(["a"], ["b"]) == [3.0]
+    with pytest.raises(UserError, match=r"rewards/json\.py has the name of a module"):
+        load_reward_fn("rewards/json.py:f")
 
 
 @pytest.mark.parametrize(
