@@ -421,6 +421,11 @@ def resolve_checkpoint(path: str | Path) -> str:
         for inside in ("model", "sft"):
             if (folder / inside).is_dir():
                 return str(folder / inside)
+        if any((folder / adapter).is_dir() for adapter in ("actor", "joint")):
+            raise UserError(
+                f"{folder} is a run of ppo, which holds an adapter: to go on from its policy, "
+                f"merge it (hydra-rlhf export {folder} FOLDER --merge)"
+            )
         raise UserError(f"the run folder {folder} holds no finished SFT model")
     if (folder / "adapter_config.json").is_file():
         raise UserError(

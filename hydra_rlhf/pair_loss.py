@@ -88,7 +88,7 @@ def reward_losses(rewards: Tensor, batch: PairBatch, config: SFTConfig) -> dict[
     return {
         "rm": loss,
         "center": (chosen + rejected).square().sum(),
-        "correct": (chosen > rejected).float().sum(),
+        "correct": _ranked_right(chosen, rejected),
         "reward_margin": (chosen - rejected).sum(),
         "difference": chosen - rejected,
     }
@@ -114,9 +114,14 @@ def likelihood_losses(
         loss = one(chosen, rejected)
     return {
         "rank": loss,
-        "correct": (chosen > rejected).float().sum(),
+        "correct": _ranked_right(chosen, rejected),
         "reward_margin": (chosen - rejected).detach().sum(),
     }
+
+
+def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How many pairs are; a tie, as of a reward head that is still 0, is half a pair: chance."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum()
 
 
 def calibration_error(differences: Tensor, bins: int = CALIBRATION_BINS) -> float:

@@ -261,10 +261,10 @@ def encode_prompts(
             if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
         if not ids:
-            raise UserError(f"prompt {i} has no tokens: {prompt!r:.60}")
+            raise UserError(f"prompt {i + 1} has no tokens: {prompt!r:.60}")
         if max_length is not None and len(ids) > max_length:
             raise PromptTooLong(
-                f"prompt {i} has {len(ids)} tokens, more than {max_length}: {prompt!r:.60}"
+                f"prompt {i + 1} has {len(ids)} tokens, more than {max_length}: {prompt!r:.60}"
             )
         encoded.append(ids)
     return pad_left(encoded, pad_token_id(tokenizer), device)

@@ -6,6 +6,7 @@ model of the reader's, small ones are there under those names.
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -102,6 +103,19 @@ def test_the_guide_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch):
         for name in re.findall(r"`([\w./-]+)`", written):
             if name != "joint/":
                 assert (tmp_path / "runs" / "ppo" / name).exists(), name
+    for run, section in (("ppo", "## hydra-rlhf ppo"), ("sft", "## hydra-rlhf sft")):
+        lines = (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        written = {name.removeprefix("eval_") for line in lines for name in json.loads(line)}
+        missing = written - documented_metrics(section) - {"stage", "step", "time"}
+        assert not missing, f"docs/metrics.md says nothing of {sorted(missing)}"
+
+
+def documented_metrics(section):
+    page = (ROOT / "docs" / "metrics.md").read_text().split(section)[1].split("\n## ")[0]
+    named = re.findall(r"`([a-z_/]+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
+    phases = [name for name in named if name.startswith("time/")]
+    memory = {f"memory/{name[5:]}_{kind}" for name in phases for kind in ("held", "peak")}
+    return {*named, *memory}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "hydra_rlhf/data/README.md"], ids=name_of)

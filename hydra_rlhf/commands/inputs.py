@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +45,20 @@ class OutputConfig:
     def trackers(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in (self.log_with or "").split(",") if name.strip())
 
-    def check(self, *, resume: bool = False) -> None:
-        """Raises UserError where the run could not be written or run."""
+    def check(self, *, resume: bool = False, reads: Sequence[str | None] = ()) -> None:
+        """Raises UserError where the run could not be written or run.
+
+        Args:
+            reads: What the run starts from, files or folders: ``overwrite`` must not delete it.
+        """
         check_run_dir(self.output_dir, overwrite=self.overwrite, resume=resume)
+        inside = Path(self.output_dir).resolve()
+        for read in reads if self.overwrite else ():
+            if read and Path(read).exists() and Path(read).resolve().is_relative_to(inside):
+                raise UserError(
+                    f"--overwrite would delete {read}, which this run starts from: choose another "
+                    "--output-dir"
+                )
         trackers.check(self.trackers)
         choose_backend(self.backend)
 

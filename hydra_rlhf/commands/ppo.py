@@ -61,7 +61,8 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
     Raises:
         SystemExit: with 128 + its number, when a signal ended the run after it was saved.
     """
-    output.check(resume=output.resume)
+    folders = (config.sft_model_path, config.reward_model_path, config.reference_adapter)
+    output.check(resume=output.resume, reads=[*folders, given.prompts, given.eval_prompts])
     config.validate()
     if not config.sft_model_path:
         raise UserError("ppo: --sft-model-path is required")

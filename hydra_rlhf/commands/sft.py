@@ -77,7 +77,8 @@ def run(given: SFTInput, config: SFTConfig, output: TrainingOutput) -> SFTResult
     Raises:
         SystemExit: with 128 + its number, when a signal ended the run after it was saved.
     """
-    output.check(resume=output.resume)
+    sets = (given.pair_data, given.sft_data, given.eval_data)
+    output.check(resume=output.resume, reads=[given.model, *sets])
     tokenizer = evaluate.load_tokenizer(given.model)
     limit: dict[str, Any] = {}
     if given.overlong != "cut":  # which is how examples are encoded

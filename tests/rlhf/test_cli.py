@@ -207,6 +207,24 @@ def test_an_output_folder_with_a_run_is_kept(tmp_path, model, pairs, capsys):
     assert cli.main([str(a) for a in [*base, "--overwrite"]]) == 0
 
 
+def test_overwriting_what_a_run_starts_from_is_refused(tmp_path, model, pairs, capsys):
+    """`ppo --sft-model-path runs/a --output-dir runs/a --overwrite` would leave adapters alone."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "own.jsonl").write_text(pairs.read_text())
+    sft = ["sft", "--output-dir", run, "--overwrite"]
+    ppo = ["ppo", "--output-dir", run, "--overwrite", "--prompts"]
+    for argv, lost in (
+        ([*sft, "--model", run / "model", "--pair-data", pairs], run / "model"),
+        ([*sft, "--model", model, "--pair-data", run / "own.jsonl"], run / "own.jsonl"),
+        ([*ppo, pairs, "--sft-model-path", run], run),
+        ([*ppo, run / "own.jsonl", "--sft-model-path", model], run / "own.jsonl"),
+    ):
+        assert f"--overwrite would delete {lost}, which" in fails(capsys, *argv)
+    assert sorted(p.name for p in run.iterdir()) == ["model", "own.jsonl", "run.json"]
+
+
 def test_each_objective_leaves_what_the_next_command_takes(tmp_path, model, pairs, capsys):
     """hydra a checkpoint with its head, dpo and raft an adapter for it, sft a model without."""
     (tmp_path / "sft.jsonl").write_text(
@@ -312,7 +330,7 @@ def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
         base += ["--output-dir", tmp_path / name, "--response-length", "8", "--max-steps", "1"]
         return [str(a) for a in (*base, "--per-device-train-batch-size", "2", *flags)]
 
-    assert "prompt 0 has" in fails(capsys, *argv("a"))
+    assert "prompt 1 has" in fails(capsys, *argv("a"))
     for choice, done in (("drop", "dropped"), ("truncate", "truncated")):
         assert cli.main(argv(choice, "--overlong", choice)) == 0
         assert f"1 of 2 examples did not fit and were {done}" in caplog.text
@@ -417,6 +435,9 @@ def test_an_adapter_is_not_a_model_to_start_from(tmp_path, capsys):
     argv = ("--prompts", "p", "--output-dir", tmp_path / "o")
     line = fails(capsys, "ppo", "--sft-model-path", tmp_path / "actor", *argv)
     assert "is an adapter, not a whole model: merge it first (hydra-rlhf export " in line
+    (tmp_path / "run.json").write_text("{}")
+    line = fails(capsys, "ppo", "--sft-model-path", tmp_path, *argv)
+    assert f"merge it (hydra-rlhf export {tmp_path} FOLDER --merge)" in line
     line = fails(capsys, "ppo", "--sft-model-path", "m", "--dtype", "floaty", *argv)
     assert "dtype must be one of auto, float32, bfloat16, float16; got 'floaty'" in line
 

@@ -64,7 +64,7 @@ def test_refusals(changes, message):
 def test_refuses_prompts_and_models_that_cannot_work(tmp_path):
     with pytest.raises(UserError, match="no prompts"):
         run(settings(), prompts=[])
-    with pytest.raises(UserError, match="prompt 0 has no tokens"):
+    with pytest.raises(UserError, match="prompt 1 has no tokens"):
         run(settings(), prompts=[""])
     with pytest.raises(UserError, match="cannot run on one model with adapters"):
         run(settings(), make_model("llama", ("joint",)))

@@ -244,7 +244,7 @@ def test_a_prompt_leaves_room_for_its_response():
     """In a context of 64 tokens and with 5 of response: whatever max_prompt_length allows."""
     for longest in (None, 1000):
         config = settings(max_steps=1, max_prompt_length=longest, num_mini_batches=1)
-        with pytest.raises(UserError, match="prompt 0 has 60 tokens, more than 59"):
+        with pytest.raises(UserError, match="prompt 1 has 60 tokens, more than 59"):
             run(config, prompts=[" ".join(["w3"] * 60)])
         assert run(config, prompts=[" ".join(["w3"] * 59)]).metrics
 

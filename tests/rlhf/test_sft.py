@@ -145,6 +145,17 @@ def test_grouping_by_length_saves_padding():
 # Losses
 
 
+def test_a_tie_is_ranked_by_chance():
+    """So a reward head of zeros begins at an accuracy of one half."""
+    batch = collate([SHORT, LONG], pad=0)
+    rewards = torch.zeros(batch.input_ids.shape)
+    assert reward_losses(rewards, batch, SFTConfig())["correct"] == 1.0
+    rewards[0, batch.last[0]] = 0.1  # the first pair's better answer
+    assert reward_losses(rewards, batch, SFTConfig())["correct"] == 1.5
+    rewards[0, batch.last[0]] = -0.1
+    assert reward_losses(rewards, batch, SFTConfig())["correct"] == 0.5
+
+
 def test_reward_loss_at_the_last_token_by_hand():
     """r_w = 2, r_l = 0.5: -log sigmoid(1.5) = 0.2014; with margin 0.5, -log sigmoid(1) = 0.3133."""
     batch = collate([SHORT], pad=0)
