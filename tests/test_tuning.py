@@ -87,6 +87,18 @@ def test_nothing_is_timed_unless_asked(monkeypatch):
     assert choose(launch, M=129) == WIDE and len(ran) == 6
 
 
+def test_yes_and_no_are_tuned_apart(monkeypatch, tmp_path):
+    ms = {64: 2.0, 128: 1.0}
+    launch, _ = timed(monkeypatch, ms)
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(tmp_path / "mine.json"))
+    assert choose(launch, reference=0) == WIDE
+    ms.update({64: 0.5})
+    assert choose(launch, reference=1) == DEFAULT and choose(launch, reference=0) == WIDE
+    found = tuning.read(tmp_path / "mine.json")
+    assert found == [row(WIDE, reference=[0, 0]), row(DEFAULT, reference=[1, 1])]
+
+
 def test_one_candidate_needs_no_clock(monkeypatch):
     launch, ran = timed(monkeypatch, {64: 2.0})
     monkeypatch.setenv("HYDRA_AUTOTUNE", "1")

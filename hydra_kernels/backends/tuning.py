@@ -106,7 +106,7 @@ def _cuda_ms(call: Callable[[], object]) -> float:
 
 
 def _bucket(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+    return 1 << (n - 1).bit_length() if n > 1 else n  # 0 and 1 are answers to a question
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def _keep(key: tuple[str, str, tuple[tuple[str, int], ...]]) -> None:
     if not path:
         return
     kernel, arch, buckets = key
-    when = {name: [bucket // 2 + 1 if bucket > 1 else 0, bucket] for name, bucket in buckets}
+    when = {name: [bucket // 2 + 1 if bucket > 1 else bucket, bucket] for name, bucket in buckets}
     row = {"kernel": kernel, "arch": arch, "when": when, "config": dict(_found[key])}
     file = Path(path)
     rows = read(file) if file.exists() else []
