@@ -5,11 +5,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+from hydra_kernels.backends.triton import runtime
+
+INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 # Rows of the partial sums, as LogprobSum in csrc/include/hydra/linear_logprob.h.
 MAX, SUM, WEIGHTED, DIFFERENCE, TARGET, REF_MAX, REF_SUM, REF_TARGET = map(tl.constexpr, range(8))
 NUM_SUMS = tl.constexpr(8)
 LOWEST = tl.constexpr(-1.0e38)  # finite: it may be subtracted from itself
+
+
+@triton.jit
+def _exp(x):
+    """Below 1e-38 it is 0: two instructions an element in place of five."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.fast_expf(x)
 
 
 @triton.jit
@@ -41,41 +54,63 @@ def _logits(
 
 
 @triton.jit
+def _tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
+    """(row, column) of a block: GROUP rows by all columns, and so on, so that what the programs in
+    flight read stays in L2."""
+    width = GROUP * num_cols
+    first = pid // width * GROUP
+    group = tl.minimum(num_rows - first, GROUP)
+    return first + pid % width % group, pid % width // group
+
+
+@triton.jit
 def _products(
-    hidden, ref_hidden, weight, offs_m, keep, offs_v, inside_v, D,
+    hidden, ref_hidden, weight, first_m, offs_m, keep, first_v, offs_v, inside_v, D,
     stride_hm, stride_hd, stride_rm, stride_rd, stride_wv, stride_wd,
-    HAS_REF: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_REF: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """hidden W^T and ref_hidden W^T, (BLOCK_M, BLOCK_V) float32 each, with one read of W."""
-    offs_d = tl.arange(0, BLOCK_D)
-    x_at = hidden + offs_m[:, None] * stride_hm + offs_d[None, :] * stride_hd
-    w_at = weight + offs_v[None, :].to(tl.int64) * stride_wv + offs_d[:, None] * stride_wd
-    if HAS_REF:
-        r_at = ref_hidden + offs_m[:, None] * stride_rm + offs_d[None, :] * stride_rd
+    """hidden W^T and ref_hidden W^T, (BLOCK_M, BLOCK_V) float32 each, with one read of W.
+
+    With TMA the three are descriptors. What is outside of them is read as 0; a row that does not
+    count is read too, and reaches its own products alone.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
     ref_acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        x_mask = keep[:, None]
-        w_mask = inside_v[None, :]
-        if not EVEN_D:
-            x_mask = x_mask & (start + offs_d < D)[None, :]
-            w_mask = w_mask & (start + offs_d < D)[:, None]
-        w = tl.load(w_at, mask=w_mask, other=0.0)
-        x = tl.load(x_at, mask=x_mask, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if TMA:
+        for start in range(0, D, BLOCK_D):
+            w = weight.load([first_v, start]).T
+            acc = tl.dot(hidden.load([first_m, start]), w, acc, input_precision=PRECISION)
+            if HAS_REF:
+                r = ref_hidden.load([first_m, start])
+                ref_acc = tl.dot(r, w, ref_acc, input_precision=PRECISION)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        x_at = hidden + offs_m[:, None] * stride_hm + offs_d[None, :] * stride_hd
+        w_at = weight + offs_v[None, :].to(tl.int64) * stride_wv + offs_d[:, None] * stride_wd
         if HAS_REF:
-            r = tl.load(r_at, mask=x_mask, other=0.0)
-            ref_acc = tl.dot(r, w, ref_acc, input_precision=PRECISION)
-            r_at += BLOCK_D * stride_rd
-        x_at += BLOCK_D * stride_hd
-        w_at += BLOCK_D * stride_wd
+            r_at = ref_hidden + offs_m[:, None] * stride_rm + offs_d[None, :] * stride_rd
+        for start in range(0, D, BLOCK_D):
+            x_mask = keep[:, None]
+            w_mask = inside_v[None, :]
+            if not EVEN_D:
+                x_mask = x_mask & (start + offs_d < D)[None, :]
+                w_mask = w_mask & (start + offs_d < D)[:, None]
+            w = tl.load(w_at, mask=w_mask, other=0.0)
+            x = tl.load(x_at, mask=x_mask, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            if HAS_REF:
+                r = tl.load(r_at, mask=x_mask, other=0.0)
+                ref_acc = tl.dot(r, w, ref_acc, input_precision=PRECISION)
+                r_at += BLOCK_D * stride_rd
+            x_at += BLOCK_D * stride_hd
+            w_at += BLOCK_D * stride_wd
     return acc, ref_acc
 
 
 @triton.jit
 def linear_logprob_fwd_kernel(
-    hidden,  # (M, D)
+    hidden,  # (M, D), this and the next two descriptors with TMA
     ref_hidden,
     weight,  # (V, D)
     bias,  # (V,)
@@ -101,17 +136,21 @@ def linear_logprob_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     SAVE: tl.constexpr,
     EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    # Rows run fastest: the programs in flight read the same columns of the head.
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1).to(tl.int64)
+    num_rows, num_splits = tl.cdiv(M, BLOCK_M), tl.cdiv(V, split_size)
+    row, split = _tile(tl.program_id(0), num_rows, num_splits, GROUP)
+    first_m = row * BLOCK_M
+    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside_m = offs_m < M
     target = tl.load(targets + offs_m, mask=inside_m, other=ignore_index)
     keep = target != ignore_index  # a masked load reads nothing: NaN in such a row cannot enter
+    column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     inv_temperature = 1.0 / tl.load(temperature)
 
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -124,13 +163,14 @@ def linear_logprob_fwd_kernel(
     ref_target_z = tl.zeros((BLOCK_M,), tl.float32)
 
     first = split * split_size
-    for start in range(first, tl.minimum(first + split_size, V), BLOCK_V):
+    # Flattened, the loads of the next block of columns are under way while this one is summed up.
+    for start in tl.range(first, tl.minimum(first + split_size, V), BLOCK_V, flatten=TMA):
         offs_v = start + tl.arange(0, BLOCK_V)
         inside_v = offs_v < V
         acc, ref_acc = _products(
-            hidden, ref_hidden, weight, offs_m, keep, offs_v, inside_v, D,
+            hidden, ref_hidden, weight, first_m, offs_m, keep, start, offs_v, inside_v, D,
             stride_hm, stride_hd, stride_rm, stride_rd, stride_wv, stride_wd,
-            HAS_REF, EVEN_D, PRECISION, BLOCK_M, BLOCK_V, BLOCK_D,
+            HAS_REF, EVEN_D, TMA, PRECISION, BLOCK_M, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         if SAVE:
             at = offs_m[:, None] * V + offs_v[None, :]
@@ -144,15 +184,19 @@ def linear_logprob_fwd_kernel(
                 ref_acc = rounded.to(tl.float32)
         z, _ = _logits(acc, bias, offs_v, inside_v, inv_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
         # Beyond V: the exponential is 0, and 0 times a finite number is 0.
-        z = tl.where(inside_v[None, :], z, LOWEST)
-        hit = offs_v[None, :] == target[:, None]
+        if TMA:
+            if start + BLOCK_V > V:  # a branch costs plain loads registers they lack
+                z = tl.where(inside_v[None, :], z, LOWEST)
+        else:
+            z = tl.where(inside_v[None, :], z, LOWEST)
+        hit = offs_v[None, :] == column[:, None]
         target_z += tl.sum(tl.where(hit, z, 0.0), 1)
         new_max = tl.maximum(row_max, tl.max(z, 1))
         shift = row_max - new_max
         row_max = new_max
-        factor = tl.exp(shift)
+        factor = _exp(shift)
         below = z - new_max[:, None]
-        e = tl.exp(below)
+        e = _exp(below)
         weighted = factor * (weighted + shift * total) + tl.sum(e * below, 1)
         total = factor * total + tl.sum(e, 1)
         if HAS_REF:
@@ -163,11 +207,11 @@ def linear_logprob_fwd_kernel(
             difference = factor * difference + tl.sum(e * (z - z_ref), 1)
             ref_target_z += tl.sum(tl.where(hit, z_ref, 0.0), 1)
             new_max = tl.maximum(ref_max, tl.max(z_ref, 1))
-            ref_total *= tl.exp(ref_max - new_max)
-            ref_total += tl.sum(tl.exp(z_ref - new_max[:, None]), 1)
+            ref_total *= _exp(ref_max - new_max)
+            ref_total += tl.sum(_exp(z_ref - new_max[:, None]), 1)
             ref_max = new_max
 
-    at = sums + split * NUM_SUMS * M + offs_m
+    at = sums + split.to(tl.int64) * NUM_SUMS * M + offs_m
     tl.store(at + MAX * M, row_max, mask=inside_m)
     tl.store(at + SUM * M, total, mask=inside_m)
     tl.store(at + WEIGHTED * M, weighted, mask=inside_m)
@@ -191,42 +235,32 @@ def linear_logprob_merge_kernel(
     num_splits,
     HAS_REF: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # num_splits or more
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < M
     target = tl.load(targets + offs_m, mask=inside, other=ignore_index)
     keep = target != ignore_index
-    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    weighted = tl.zeros((BLOCK_M,), tl.float32)
-    difference = tl.zeros((BLOCK_M,), tl.float32)
-    target_z = tl.zeros((BLOCK_M,), tl.float32)
-    ref_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    ref_total = tl.zeros((BLOCK_M,), tl.float32)
-    ref_target_z = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(num_splits):
-        at = sums + offs_m + tl.cast(split, tl.int64) * NUM_SUMS * M
-        other_max = tl.load(at + MAX * M, mask=inside, other=0.0)
-        other_total = tl.load(at + SUM * M, mask=inside, other=1.0)
-        other_weighted = tl.load(at + WEIGHTED * M, mask=inside, other=0.0)
-        target_z += tl.load(at + TARGET * M, mask=inside, other=0.0)
-        new_max = tl.maximum(row_max, other_max)
-        shift, other_shift = row_max - new_max, other_max - new_max
-        factor, other_factor = tl.exp(shift), tl.exp(other_shift)
-        weighted = factor * (weighted + shift * total)
-        weighted += other_factor * (other_weighted + other_shift * other_total)
-        total = factor * total + other_factor * other_total
-        row_max = new_max
-        if HAS_REF:
-            other_difference = tl.load(at + DIFFERENCE * M, mask=inside, other=0.0)
-            difference = factor * difference + other_factor * other_difference
-            other_max = tl.load(at + REF_MAX * M, mask=inside, other=0.0)
-            other_total = tl.load(at + REF_SUM * M, mask=inside, other=1.0)
-            ref_target_z += tl.load(at + REF_TARGET * M, mask=inside, other=0.0)
-            new_max = tl.maximum(ref_max, other_max)
-            ref_total = tl.exp(ref_max - new_max) * ref_total
-            ref_total += tl.exp(other_max - new_max) * other_total
-            ref_max = new_max
+    # Of a split that is not there: nothing is added.
+    offs_s = tl.arange(0, BLOCK_S)
+    there = (offs_s < num_splits)[:, None] & inside[None, :]
+    at = sums + offs_s[:, None].to(tl.int64) * NUM_SUMS * M + offs_m[None, :]
+    maxima = tl.load(at + MAX * M, mask=there, other=LOWEST)
+    totals = tl.load(at + SUM * M, mask=there, other=0.0)
+    row_max = tl.max(maxima, 0)
+    shift = maxima - row_max[None, :]
+    factor = tl.exp(shift)
+    total = tl.sum(factor * totals, 0)
+    weighted = tl.load(at + WEIGHTED * M, mask=there, other=0.0) + shift * totals
+    weighted = tl.sum(factor * weighted, 0)
+    target_z = tl.sum(tl.load(at + TARGET * M, mask=there, other=0.0), 0)
+    if HAS_REF:
+        difference = tl.sum(factor * tl.load(at + DIFFERENCE * M, mask=there, other=0.0), 0)
+        maxima = tl.load(at + REF_MAX * M, mask=there, other=LOWEST)
+        ref_max = tl.max(maxima, 0)
+        ref_total = tl.load(at + REF_SUM * M, mask=there, other=0.0)
+        ref_total = tl.sum(tl.exp(maxima - ref_max[None, :]) * ref_total, 0)
+        ref_target_z = tl.sum(tl.load(at + REF_TARGET * M, mask=there, other=0.0), 0)
 
     log_sum = tl.log(total)
     # The sum has a term of 1; the hardware's logarithm may still be a hair below 0 there.
@@ -254,7 +288,7 @@ def linear_logprob_merge_kernel(
 
 @triton.jit
 def linear_logprob_dlogits_kernel(
-    hidden,  # (M, D)
+    hidden,  # (M, D), this and the next two descriptors with TMA
     ref_hidden,
     weight,  # (V, D)
     bias,  # (V,)
@@ -266,7 +300,7 @@ def linear_logprob_dlogits_kernel(
     norms,  # (4, M) float32
     saved,  # (M, V)
     ref_saved,
-    dlogits,  # (M, chunk)
+    dlogits,  # (M, chunk), a descriptor with TMA
     M,
     V,
     D,
@@ -279,24 +313,31 @@ def linear_logprob_dlogits_kernel(
     softcap,
     ignore_index,
     first,  # column of the chunk
+    count,  # columns of it that there are
     chunk,
     HAS_REF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAVED: tl.constexpr,
     EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, col = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(count, BLOCK_V), GROUP)
+    first_m, first_c = row * BLOCK_M, col * BLOCK_V
+    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside_m = offs_m < M
-    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_c = first_c + tl.arange(0, BLOCK_V)
     offs_v = first + offs_c
     inside_v = offs_v < V
     target = tl.load(targets + offs_m, mask=inside_m, other=ignore_index)
     keep = target != ignore_index
+    there = (target >= first) & (target < first + count)
+    column = tl.where(there, target - first, -1).to(tl.int32)
     if SAVED:
         at = offs_m[:, None] * V + offs_v[None, :]
         stored = keep[:, None] & inside_v[None, :]
@@ -306,72 +347,90 @@ def linear_logprob_dlogits_kernel(
             ref_acc = tl.load(ref_saved + at, mask=stored, other=0.0).to(tl.float32)
     else:
         acc, ref_acc = _products(
-            hidden, ref_hidden, weight, offs_m, keep, offs_v, inside_v, D,
+            hidden, ref_hidden, weight, first_m, offs_m, keep, first + first_c, offs_v, inside_v, D,
             stride_hm, stride_hd, stride_rm, stride_rd, stride_wv, stride_wd,
-            HAS_REF, EVEN_D, PRECISION, BLOCK_M, BLOCK_V, BLOCK_D,
+            HAS_REF, EVEN_D, TMA, PRECISION, BLOCK_M, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     inv_temperature = 1.0 / tl.load(temperature)
     z, slope = _logits(acc, bias, offs_v, inside_v, inv_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
-    dlogprob = tl.load(upstream + offs_m, mask=keep, other=0.0)
-    dentropy = tl.load(upstream + M + offs_m, mask=keep, other=0.0)
-    dlogsumexp = tl.load(upstream + 2 * M + offs_m, mask=keep, other=0.0)
+    # Without a softcap the slope is one number, which the row's own take.
+    unit = 1.0 if HAS_SOFTCAP else inv_temperature
+    dlogprob = tl.load(upstream + offs_m, mask=keep, other=0.0) * unit
+    dentropy = tl.load(upstream + M + offs_m, mask=keep, other=0.0) * unit
+    dlogsumexp = tl.load(upstream + 2 * M + offs_m, mask=keep, other=0.0) * unit
     row_max = tl.load(norms + offs_m, mask=keep, other=0.0)
     log_sum = tl.load(norms + M + offs_m, mask=keep, other=0.0)
     h = tl.load(entropy + offs_m, mask=keep, other=0.0)
-    logp = (z - row_max[:, None]) - log_sum[:, None]
-    counts = keep[:, None] & inside_v[None, :]
-    logp = tl.where(counts, logp, 0.0)  # or what does not count might overflow
-    factor = (dlogsumexp - dlogprob)[:, None] - dentropy[:, None] * (logp + h[:, None])
+    # Above 0 by rounding; by more beyond V, where dz is to be finite: dhidden adds 0 times it.
+    logp = tl.minimum((z - row_max[:, None]) - log_sum[:, None], 0.0)
+    base = dlogsumexp - dlogprob - dentropy * h
+    factor = base[:, None] - dentropy[:, None] * logp
     if HAS_REF:
         z_ref, _ = _logits(
             ref_acc, bias, offs_v, inside_v, inv_temperature, softcap, HAS_BIAS, HAS_SOFTCAP
         )
-        dkl = tl.load(upstream + 3 * M + offs_m, mask=keep, other=0.0)
+        dkl = tl.load(upstream + 3 * M + offs_m, mask=keep, other=0.0) * unit
         offset = row_max - tl.load(norms + 2 * M + offs_m, mask=keep, other=0.0)
         offset += log_sum - tl.load(norms + 3 * M + offs_m, mask=keep, other=0.0)
         offset += tl.load(kl + offs_m, mask=keep, other=0.0)
         factor += dkl[:, None] * ((z - z_ref) - offset[:, None])
-    dz = tl.exp(logp) * factor
-    dz += tl.where(offs_v[None, :] == target[:, None], dlogprob[:, None], 0.0)
-    dz = tl.where(counts, dz * slope, 0.0)
-    at = dlogits + offs_m[:, None] * chunk + offs_c[None, :]
-    stored = inside_m[:, None] & (offs_c < chunk)[None, :]
-    tl.store(at, dz.to(dlogits.dtype.element_ty), mask=stored)
+    dz = _exp(logp) * factor
+    dz += tl.where(offs_c[None, :] == column[:, None], dlogprob[:, None], 0.0)
+    if HAS_SOFTCAP:
+        dz *= slope
+    dz = tl.where(keep[:, None], dz, 0.0)
+    if TMA:
+        dlogits.store([first_m, first_c], dz.to(dlogits.dtype))
+    else:
+        at = dlogits + offs_m[:, None] * chunk + offs_c[None, :]
+        stored = inside_m[:, None] & (offs_c < chunk)[None, :]
+        tl.store(at, dz.to(dlogits.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def linear_logprob_dhidden_kernel(
-    dlogits,  # (M, chunk)
-    weight,  # (V, D)
+    dlogits,  # (M, chunk), (M, count) as a descriptor with TMA
+    weight,  # (V, D), a descriptor with TMA
     dhidden,  # (M, D) float32, to which the chunk's part is added
     M,
-    V,
     D,
     stride_wv,
     stride_wd,
-    first,
+    first,  # column of the chunk
+    count,  # columns of it that there are
     chunk,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    # Columns run fastest: the programs in flight share rows of dlogits.
-    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, col = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
+    first_m, first_d = row * BLOCK_M, col * BLOCK_D
+    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_d = first_d + tl.arange(0, BLOCK_D)
     inside_m, inside_d = offs_m < M, offs_d < D
-    offs_c = tl.arange(0, BLOCK_V)
     at = dhidden + offs_m[:, None] * D + offs_d[None, :]
     inside = inside_m[:, None] & inside_d[None, :]
     # The sum goes on where the last chunk left it, as if the chunks were one.
     acc = tl.load(at, mask=inside, other=0.0)
-    dz_at = dlogits + offs_m[:, None] * chunk + offs_c[None, :]
-    w_at = weight + (first + offs_c).to(tl.int64)[:, None] * stride_wv + offs_d[None, :] * stride_wd
-    for start in range(0, chunk, BLOCK_V):
-        there = start + offs_c < tl.minimum(chunk, V - first)
-        dz = tl.load(dz_at, mask=inside_m[:, None] & there[None, :], other=0.0)
-        w = tl.load(w_at, mask=there[:, None] & inside_d[None, :], other=0.0)
-        acc = tl.dot(dz, w, acc, input_precision=PRECISION)
-        dz_at += BLOCK_V
-        w_at += BLOCK_V * stride_wv
+    if TMA:
+        for start in range(0, count, BLOCK_V):
+            dz = dlogits.load([first_m, start])
+            w = weight.load([first + start, first_d])
+            acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+    else:
+        offs_c = tl.arange(0, BLOCK_V)
+        dz_at = dlogits + offs_m[:, None] * chunk + offs_c[None, :]
+        w_at = weight + (first + offs_c).to(tl.int64)[:, None] * stride_wv
+        w_at += offs_d[None, :].to(tl.int64) * stride_wd
+        for start in range(0, count, BLOCK_V):
+            there = start + offs_c < count
+            # Not masked by columns, of which no multiple is known: that makes loads of one element.
+            dz = tl.load(dz_at, mask=inside_m[:, None], other=0.0)
+            w = tl.load(w_at, mask=there[:, None] & inside_d[None, :], other=0.0)
+            acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+            dz_at += BLOCK_V
+            w_at += BLOCK_V * stride_wv
     tl.store(at, acc, mask=inside)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Kernels are interpreted, on the CPU. Triton reads the variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -26,3 +28,25 @@ def wrong_device(*tensors: Tensor | None) -> list[str]:
     if found <= {"cuda"} or (INTERPRETED and found <= {"cpu"}):
         return []
     return [f"needs tensors on cuda, got {', '.join(sorted(found))}"]
+
+
+@functools.cache
+def major(device: torch.device) -> int:
+    """The GPU's compute capability, before the point; Hopper's for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def has_tma(*matrices: Tensor) -> bool:
+    """Whether Hopper's copy engine (TMA) can read these: aligned rows of adjacent elements."""
+    return major(matrices[0].device) >= 9 and all(map(_describable, matrices))
+
+
+def _describable(matrix: Tensor) -> bool:
+    row = matrix.stride(0) * matrix.element_size()
+    aligned = row > 0 and row % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return aligned and matrix.stride(1) == 1 and matrix.numel() > 0
+
+
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """What a kernel reads blocks of the matrix by; made on the host, a graph keeps it."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -1,0 +1,122 @@
+"""linear_logprob in Triton where the copy engine brings the blocks, and when it may."""
+
+import pytest
+import torch
+
+from tests.numerics import device_of, fast_backends
+from tests.ops.test_linear_logprob import make_inputs, run, to_double
+
+pytest.importorskip("triton", reason="needs Triton, which exists for Linux on x86-64")
+if "triton" not in fast_backends("linear_logprob"):
+    pytest.skip("Triton's kernels run on a GPU or interpreted", allow_module_level=True)
+
+from hydra_kernels.backends.triton import linear_logprob as kernel
+
+DEVICE = device_of("triton")
+if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+    pytest.skip("needs an NVIDIA GPU of compute capability 9.0", allow_module_level=True)
+
+BLOCKS = {
+    "fwd": ("BLOCK_M", "BLOCK_V", "BLOCK_D"),
+    "dlogits": ("BLOCK_M", "BLOCK_V", "BLOCK_D"),
+    "dhidden": ("BLOCK_M", "BLOCK_D", "BLOCK_V"),
+}
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Small blocks, all by descriptors; collects the candidates that each kernel had."""
+    seen: dict[str, list] = {}
+    smallest = (64, 64, 32) if DEVICE == "cuda" else (32, 64, 32)
+
+    def choose(name, tensor, sizes, candidates, launch):
+        name = name.removeprefix("linear_logprob_")
+        seen[name] = candidates
+        if not any(config["TMA"] for config in candidates):
+            return candidates[0]
+        config = dict(zip(BLOCKS[name], smallest, strict=True)) | {"TMA": 1, "GROUP": 2}
+        config |= {"num_warps": 4, "num_stages": 2}
+        return config | ({"SPLITS": 5} if name == "fwd" else {})
+
+    monkeypatch.setattr(kernel.tuning, "choose", choose)
+    # two chunks of the vocabulary
+    monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", str(kernel.CHUNK_UNIT * 70 * 2 / 2**20))
+    return seen
+
+
+def half_inputs(D=72, V=523, **kw):
+    """Tails of rows, of D and of V, for blocks of any size."""
+    return make_inputs(70, D, V, DEVICE, torch.float16, **kw)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_descriptors_give_the_same_answer(described, reference, bias):
+    inputs = half_inputs(bias=bias)
+    if not reference:
+        inputs["ref_hidden"] = None
+    upstream = torch.randn(4, 70, device=DEVICE)
+    results, grads = run(inputs, upstream, backend="triton", temperature=0.9)
+    assert set(described) == set(BLOCKS)
+    assert all(any(config["TMA"] for config in found) for found in described.values())
+    exact, exact_grads = run(
+        to_double(inputs), upstream.double(), backend="reference", temperature=0.9
+    )
+    for name, t in results.items():
+        torch.testing.assert_close(t.double(), exact[name], rtol=1e-5, atol=1e-5)
+    for grad, right in zip(grads, exact_grads, strict=True):
+        error = (grad.double() - right).norm() / right.norm()
+        assert error < 2 * torch.finfo(torch.float16).eps  # dz and the result are rounded to it
+
+
+def test_descriptors_read_rows_that_do_not_count_and_drop_them(described):
+    inputs = half_inputs()
+    upstream = torch.randn(4, 70, device=DEVICE)
+    off = (inputs["targets"] == -100).unsqueeze(-1)
+    clean = run(inputs, upstream, backend="triton")
+    for poison in (torch.nan, torch.inf):
+        for name in ("hidden", "ref_hidden"):
+            inputs[name] = torch.where(off, poison, inputs[name])
+        out, grads = run(inputs, upstream, backend="triton")
+        assert off.any() and all(torch.equal(out[name], clean[0][name]) for name in out)
+        for a, b in zip(grads, clean[1], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_is_the_same_in_any_batch_and_any_layout(described):
+    inputs = half_inputs(ignored=0.0)
+    upstream = torch.randn(4, 70, device=DEVICE)
+    whole, (dhidden,) = run(inputs, upstream, leaves=("hidden",), backend="triton")
+    few = {n: t[33:] if t is not None and len(t) == 70 else t for n, t in inputs.items()}
+    # rows of a wider matrix: apart by 80 elements
+    few["hidden"] = torch.nn.functional.pad(few["hidden"], (0, 8))[:, :72]
+    part, (d,) = run(few, upstream[:, 33:], leaves=("hidden",), backend="triton")
+    assert described["fwd"][-1]["TMA"] and not few["hidden"].is_contiguous()
+    assert all(torch.equal(part[name], whole[name][33:]) for name in part)
+    assert torch.equal(d, dhidden[33:])
+
+
+@pytest.mark.parametrize("case", ["unaligned rows", "a column-major head", "an odd address"])
+def test_what_no_descriptor_can_read_is_read_by_pointers(described, case):
+    inputs = half_inputs(D=73 if case == "unaligned rows" else 72, ignored=0.0)
+    if case == "a column-major head":
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
+    if case == "an odd address":
+        flat = torch.empty(70 * 72 + 1, dtype=torch.float16, device=DEVICE)
+        inputs["hidden"] = flat[1:].view(70, 72).copy_(inputs["hidden"])
+    results = run(inputs, backend="triton", leaves=())  # as they are, not copies
+    assert not any(config["TMA"] for config in described["fwd"])
+    exact = run(to_double(inputs), backend="reference")
+    for name, t in results.items():
+        torch.testing.assert_close(t.double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+def test_older_gpus_and_float32_are_offered_no_descriptors():
+    for itemsize, major, tma in [(4, 9, True), (2, 9, False)]:
+        for has_ref in (False, True):
+            assert not any(
+                tile.tma for tile in kernel._candidates(itemsize, has_ref, False, major, tma)
+            )
+        assert not any(config["TMA"] for config in kernel._dhidden_candidates(itemsize, tma))
+    runtime = kernel.runtime
+    assert runtime.has_tma(torch.zeros(2, 8)) and not runtime.has_tma(torch.zeros(0, 8))
