@@ -66,7 +66,7 @@ def test_every_choice_of_blocks_gives_the_same_answer(monkeypatch, chosen, dtype
     turns = max(
         len(tiles.shrink(r, dtype, dropout > 0)), len(tiles.contract(r, dtype, dropout > 0))
     )
-    turns = max(turns, len(tiles.append(r, dtype)))
+    turns = max(turns, len(tiles.append(r, dtype, True)))
     for turn in range(turns):
         chosen.turn = turn
         assert_near_float64(*call)
@@ -90,6 +90,7 @@ def test_candidates_are_different_and_blocks_of_ranks_the_default_s(dtype, dropo
 
 
 APPENDED = {"APPEND": 1, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_K": 16, "BLOCK_R": 16, "GROUP": 2}
+APPENDED["TMA"] = 0
 
 
 @pytest.fixture
@@ -125,6 +126,54 @@ def test_the_adapter_in_the_wide_product(appended, dtype, inner, ids):
             assert not tensor.any()
 
 
+@pytest.fixture
+def described(monkeypatch):
+    """As ``appended``, with descriptors where they are offered; collects the configs taken."""
+    taken = []
+
+    def choose(name, tensor, sizes, candidates, launch):
+        if name != "lora_linear_append":
+            return candidates[0]
+        offered = sizes["tma"]
+        assert offered == any(config.get("TMA", 0) for config in candidates)
+        taken.append({**APPENDED, "TMA": 1} if offered else candidates[0])
+        return taken[-1]
+
+    monkeypatch.setattr(kernel.tuning, "choose", choose)
+    return taken
+
+
+needs_tma = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9,
+    reason="needs an NVIDIA GPU of compute capability 9.0",
+)
+
+
+@needs_tma
+@pytest.mark.parametrize("ids", [[0, 1, -1, 1, -1], [-1] * 5], ids=["mixed", "off"])
+def test_the_adapter_in_a_wide_product_read_by_descriptors(described, ids):
+    """Tails of rows, of columns and of K."""
+    inputs, settings = make_call(70, 40, 72, (16, 5), HALF, ids)
+    actual = assert_near_float64(inputs, settings)
+    assert [config["TMA"] for config in described] == [1]
+    if set(ids) == {-1}:
+        poisoned = [*inputs[:3], *(torch.full_like(t, torch.nan) for t in inputs[3:])]
+        for mine, other in zip(run(poisoned, *settings, "triton"), actual, strict=True):
+            assert torch.equal(mine, other)
+
+
+@needs_tma
+@pytest.mark.parametrize("case", ["rows of x", "rows of y", "a transposed weight", "float32"])
+def test_what_no_descriptor_can_read(described, case):
+    k, n = (37 if case == "rows of x" else 40), (70 if case == "rows of y" else 72)
+    dtype = FLOAT if case == "float32" else HALF
+    inputs, settings = make_call(10, k, n, (5,), dtype, [0, -1])
+    if case == "a transposed weight":
+        inputs[1] = inputs[1].t().contiguous().t()
+    assert_near_float64(inputs, settings)
+    assert described == [{"APPEND": 0}]
+
+
 def test_the_adapter_in_the_wide_product_of_a_group_and_without_bias(appended):
     x = torch.randn(9, 20, device=DEVICE)
     layers = [make_layer(n, 20, (r,), device=DEVICE, bias=False) for n, r in [(6, 2), (40, 18)]]
@@ -142,7 +191,7 @@ def test_the_wide_product_is_cublas_s_where_nothing_better_is_known(monkeypatch)
     monkeypatch.setattr(kernel, "_append", None)
     assert_near_float64(*make_call(10, 8, 9, (3,), FLOAT, [0, -1]))
     for dtype in (FLOAT, HALF, torch.bfloat16):
-        first, *others = tiles.append(16, dtype)
+        first, *others = tiles.append(16, dtype, True)
         assert first == {"APPEND": 0} and all(config["APPEND"] for config in others)
         assert bool(others) == (dtype != FLOAT)
 

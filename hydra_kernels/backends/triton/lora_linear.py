@@ -2,7 +2,8 @@
 
 shrink: s = gate * (drop(x) A^T). expand: y = drop(s B^T) + bias, to which cuBLAS then adds the wide
 product. append: the wide product and s B^T in one kernel, only where the tuning table or
-HYDRA_AUTOTUNE=1 has found it to be faster than those two. contract: the sums of backward over rows
+HYDRA_AUTOTUNE=1 has found it to be faster than those two; from Hopper on it may read and write by
+descriptors, where rows are aligned. contract: the sums of backward over rows
 and over columns, dS and dB in one read of dY and dA in one of x; it writes partial sums, which
 reduce adds in their order, so that nothing depends on timing.
 
@@ -19,6 +20,7 @@ forward).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -150,14 +152,18 @@ def _append(
     c = weight.shape[0]
     y = x.new_empty((m, c))
     blocks = {name: size for name, size in config.items() if name != "APPEND"}
+    given: tuple[Any, ...] = x, weight, y
+    if config["TMA"]:
+        rows, cols, inner = (config[f"BLOCK_{size}"] for size in "MCK")
+        sizes = [rows, inner], [cols, inner], [rows, cols]
+        given = tuple(map(runtime.descriptor, given, sizes))
     grid = (triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_C"]),)
     lora_linear_append_kernel[grid](
-        x,
-        weight,
+        *given[:2],
         bias,
         s,
         factor,
-        y,
+        given[2],
         gates.ids,
         gates.owner,
         m,
@@ -189,11 +195,14 @@ def _product(
         return _add_product(_expand(s, factor, bias, gates, 0.0, None), x, weight.t())
 
     (m, k), (c, ranks) = x.shape, factor.shape
-    candidates = tiles.append(ranks, x.dtype)
+    # The rows of y too, which does not exist yet.
+    tma = x.element_size() == 2 and c % 8 == 0 and runtime.has_tma(x, weight)
+    candidates = tiles.append(ranks, x.dtype, tma)
     if m * c == 0:
         return run(candidates[0])
     # By M too: so does cuBLAS, which it is measured against, choose its kernels.
     sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size()}
+    sizes |= {"tma": int(tma)}
     return run(tuning.choose("lora_linear_append", x, sizes, candidates, run))
 
 

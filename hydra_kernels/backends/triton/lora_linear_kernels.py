@@ -25,11 +25,17 @@ def _kept(seed, rows, cols, num_cols, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _ids(ids, rows, inside, rows_per_id):
+    """(rows,) int32, -1 where there is no row; a division of 64 bits is a hundred instructions."""
+    return tl.load(ids + rows.to(tl.int32) // rows_per_id, mask=inside, other=-1).to(tl.int32)
+
+
+@triton.jit
 def _gate(ids, rows, inside, rows_per_id, owner, scale, offs_r, r_inside, HAS_IDS: tl.constexpr):
     """(rows, ranks) float32: each column's scale where its adapter is on."""
     factor = tl.load(scale + offs_r, mask=r_inside, other=0.0)
     if HAS_IDS:
-        id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+        id_of_row = _ids(ids, rows, inside, rows_per_id)
         owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
         return tl.where(id_of_row[:, None] == owner_of_rank[None, :], factor[None, :], 0.0)
     return tl.where(inside[:, None], factor[None, :], 0.0)
@@ -100,7 +106,7 @@ def _expanded(
         r_inside = offs_r < num_ranks
         any_on = 1
         if HAS_IDS:
-            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            id_of_row = _ids(ids, rows, inside, rows_per_id)
             owner_of_rank = tl.load(owner + offs_r, mask=r_inside, other=-2).to(tl.int32)
             on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
             any_on = tl.max(tl.max(on, axis=1), axis=0)
@@ -167,7 +173,7 @@ def lora_linear_expand_kernel(
 
 @triton.jit
 def lora_linear_append_kernel(
-    x,  # (M, K)
+    x,  # (M, K), a descriptor with TMA, as are w and y
     w,  # (C, K)
     bias,  # (C,)
     s,  # (M, ld) of which R columns from `s` on
@@ -188,6 +194,7 @@ def lora_linear_append_kernel(
     HAS_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,34 +207,47 @@ def lora_linear_append_kernel(
     width = GROUP * tl.cdiv(num_cols, BLOCK_C)
     first = pid // width * GROUP
     group = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first, GROUP)
-    rows = (first + pid % width % group).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (first + pid % width % group) * BLOCK_M
+    first_col = pid % width // group * BLOCK_C
+    rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside = rows < num_rows
-    offs_c = pid % width // group * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = first_col + tl.arange(0, BLOCK_C)
     c_inside = offs_c < num_cols
-    offs_k = tl.arange(0, BLOCK_K)
-    x_at = x + rows[:, None] * num_inner + offs_k[None, :]
-    w_at = w + offs_c[None, :].to(tl.int64) * stride_wc + offs_k[:, None].to(tl.int64) * stride_wk
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for start in range(0, num_inner, BLOCK_K):
-        x_mask, w_mask = inside[:, None], c_inside[None, :]
-        if not EVEN_K:
-            x_mask = x_mask & (start + offs_k < num_inner)[None, :]
-            w_mask = w_mask & (start + offs_k < num_inner)[:, None]
-        wide = tl.load(x_at, mask=x_mask, other=0.0)
-        total = tl.dot(wide, tl.load(w_at, mask=w_mask, other=0.0), total, input_precision="ieee")
-        x_at += BLOCK_K
-        w_at += BLOCK_K * stride_wk
+    if TMA:
+        for start in range(0, num_inner, BLOCK_K):
+            wide = x.load([first_row, start])
+            narrow = w.load([first_col, start])
+            total = tl.dot(wide, narrow.T, total, input_precision="ieee")
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        x_at = x + rows[:, None] * num_inner + offs_k[None, :]
+        w_at = w + offs_c[None, :].to(tl.int64) * stride_wc
+        w_at += offs_k[:, None].to(tl.int64) * stride_wk
+        for start in range(0, num_inner, BLOCK_K):
+            x_mask, w_mask = inside[:, None], c_inside[None, :]
+            if not EVEN_K:
+                x_mask = x_mask & (start + offs_k < num_inner)[None, :]
+                w_mask = w_mask & (start + offs_k < num_inner)[:, None]
+            wide = tl.load(x_at, mask=x_mask, other=0.0)
+            narrow = tl.load(w_at, mask=w_mask, other=0.0)
+            total = tl.dot(wide, narrow, total, input_precision="ieee")
+            x_at += BLOCK_K
+            w_at += BLOCK_K * stride_wk
     total = _expanded(
         total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
         stride_s, stride_fc, stride_fr, rows_per_id, HAS_IDS, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + offs_c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + rows[:, None] * num_cols + offs_c[None, :],
-        total,
-        mask=inside[:, None] & c_inside[None, :],
-    )
+    if TMA:
+        y.store([first_row, first_col], total.to(y.dtype))
+    else:
+        tl.store(
+            y + rows[:, None] * num_cols + offs_c[None, :],
+            total,
+            mask=inside[:, None] & c_inside[None, :],
+        )
 
 
 @triton.jit
@@ -277,7 +297,7 @@ def lora_linear_contract_kernel(
         inside = rows < num_rows
         any_on = 1
         if HAS_IDS:
-            id_of_row = tl.load(ids + rows // rows_per_id, mask=inside, other=-1).to(tl.int32)
+            id_of_row = _ids(ids, rows, inside, rows_per_id)
             on = (id_of_row[:, None] == owner_of_rank[None, :]).to(tl.int32)
             any_on = tl.max(tl.max(on, axis=1), axis=0)
         part = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)

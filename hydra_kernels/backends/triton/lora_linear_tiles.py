@@ -59,20 +59,22 @@ def expand(ranks: int, dtype: torch.dtype) -> Config:
 
 
 @functools.cache
-def append(ranks: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def append(ranks: int, dtype: torch.dtype, tma: bool) -> tuple[Config, ...]:
     """First not to: then the product is cuBLAS's, onto what expand has written."""
     # The sums of a wide product leave no registers for more ranks at once.
     block = min(rank_block(ranks, dtype), 32)
-    blocks = [  # rows, columns, K; warps, stages
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 4, 4),
-        (128, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3),
-        (64, 128, 64, 4, 4),
+    blocks = [  # rows, columns, K; warps, stages; by the copy engine
+        (128, 128, 64, 8, 3, 0),
+        (128, 128, 64, 4, 4, 0),
+        (128, 256, 64, 8, 3, 0),
+        (256, 128, 64, 8, 3, 0),
+        (64, 128, 64, 4, 4, 0),
     ]
+    if tma:
+        blocks += [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 1)]
     if dtype == torch.float32:
         blocks = []  # products on the ordinary cores: cuBLAS's are hard to beat
-    names = ("BLOCK_M", "BLOCK_C", "BLOCK_K", "num_warps", "num_stages")
+    names = ("BLOCK_M", "BLOCK_C", "BLOCK_K", "num_warps", "num_stages", "TMA")
     configs = [dict(zip(names, sizes, strict=True)) for sizes in blocks]
     shared = {"APPEND": 1, "BLOCK_R": block, "GROUP": 8}
     return {"APPEND": 0}, *({**config, **shared} for config in configs)
@@ -169,6 +171,9 @@ def _of_rank(
         )
 
 
+_SWITCHES = ("APPEND", "GROUP", "TMA")
+
+
 def _appended(
     dtype: torch.dtype, name: str, rank: int
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -177,11 +182,18 @@ def _appended(
     sizes = dict.fromkeys(("num_rows", "num_cols", "num_inner", "num_ranks"), "i32:16")
     strides = dict.fromkeys(("stride_wc", "stride_s", "stride_fc"), "i32:16")
     others = {"ids": "*i64:16", "owner": "*i64:16", "rows_per_id": "i32"}
-    for config in append(rank, dtype):
+    for config in append(rank, dtype, True):
         if config["APPEND"]:
-            launched = {key: size for key, size in config.items() if key not in ("APPEND", "GROUP")}
+            launched = {name: size for name, size in config.items() if name not in _SWITCHES}
             expects = ("tensor_cores", "wide_loads")
-            blocks, options = _build(launched, f"{name} R={rank}", expects=expects, archs=(90,))
-            flags = {"HAS_IDS": True, "HAS_BIAS": True, "EVEN_K": True, "GROUP": config["GROUP"]}
+            label = f"{name} R={rank}{' TMA' if config['TMA'] else ''}"
+            blocks, options = _build(launched, label, expects=expects, archs=(90,))
+            flags: dict[str, Any] = {"HAS_IDS": True, "HAS_BIAS": True, "EVEN_K": True}
+            flags |= {"GROUP": config["GROUP"], "TMA": config["TMA"]}
+            signature = pointers | sizes | strides | others
+            if config["TMA"]:
+                m, c, k = (config[f"BLOCK_{size}"] for size in "MCK")
+                for given, block in {"x": (m, k), "w": (c, k), "y": (m, c)}.items():
+                    signature[given] = f"tensordesc<{name}[{block[0]},{block[1]}]>"
             constants = {**flags, **blocks, "stride_wk": 1, "stride_fr": 1}
-            yield lora_linear_append_kernel, pointers | sizes | strides | others, constants, options
+            yield lora_linear_append_kernel, signature, constants, options
