@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear_group
+from hydra_kernels.backends.lora_plan import Plan
 from tests.numerics import assert_no_worse_than_torch, device_of, fast_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import run
@@ -222,3 +223,36 @@ def test_many_adapters_of_which_few_are_used():
     ]
     for mine, other in zip(run(poisoned, *settings, "triton"), clean, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "float16"])
+def test_blocks_of_rows_start_and_stop_at_their_own_adapters_ranks(dtype):
+    """Adapters that begin and end inside blocks of ranks, in blocks of rows of one and of many."""
+    ids = [0, 0, 2, 2, 1, -1, 3, 1, 2, 0, -1, -1]
+    assert_near_float64(*make_call(12 * 16, 24, 20, (40, 9, 70, 33), dtype, ids))
+
+
+def gates_of(ids, counts, owners, ranks, num_adapters):
+    plan = Plan(counts, owners, (1.0,) * len(owners), num_adapters, 0.0)
+    return kernel._Gates(plan, ranks, ids, torch.empty(len(ids), 8, device=DEVICE))
+
+
+def test_spans_by_hand():
+    ids = torch.tensor([0, 1], device=DEVICE)
+    gates = gates_of(ids, (2, 1), (0, 2, 2), (20, 9, 40), 4)  # the second projection has one of 4
+    # 1 and 3 have no adapter; 2 has one in each projection
+    assert gates.spans(16).tolist() == [[0, 20], [69, 0], [20, 69], [69, 0]]
+    first, second = gates.ranks(0, 29), gates.ranks(29, 69)
+    assert first.spans(16).tolist() == [[0, 20], [29, 0], [20, 29], [29, 0]]
+    assert second.spans(16).tolist() == [[40, 0], [40, 0], [0, 40], [40, 0]]
+    assert first.spans(32) is None and second.spans(64) is None  # all in one block
+
+
+def test_an_id_that_no_adapter_has_is_off():
+    """Only HYDRA_CHECK=1 looks at ids on a GPU."""
+    ids = torch.tensor([0, 7, 2**20, 1], device=DEVICE)
+    s, factor = torch.randn(4, 40, device=DEVICE), torch.randn(8, 40, device=DEVICE)
+    gates = gates_of(ids, (2,), (0, 1), (20, 20), 2)
+    s[0, 20:] = s[1:3] = s[3, :20] = 0.0  # as shrink leaves them
+    y = kernel._expand(s, factor, None, gates, 0.0, None)
+    torch.testing.assert_close(y, s @ factor.t())

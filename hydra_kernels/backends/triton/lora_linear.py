@@ -19,6 +19,7 @@ forward).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Gates:
 
     def __init__(self, plan: Plan, ranks: Sequence[int], ids: Tensor | None, x: Tensor) -> None:
         self.owner, self.scale = columns(plan, tuple(ranks), torch.float32, x.device)
+        self.plan, self.adapter_ranks, self.part = plan, tuple(ranks), (0, sum(ranks))
         self.ids = None if ids is None or ids.numel() == 0 else ids.contiguous()
         count = 1 if self.ids is None else self.ids.numel()
         self.rows_per_id = max(x.shape[0] // count, 1)
@@ -58,8 +60,28 @@ class _Gates:
     def ranks(self, start: int, stop: int) -> _Gates:
         part = _Gates.__new__(_Gates)
         part.owner, part.scale = self.owner[start:stop], self.scale[start:stop]
+        part.plan, part.adapter_ranks, part.part = self.plan, self.adapter_ranks, (start, stop)
         part.ids, part.rows_per_id = self.ids, self.rows_per_id
         return part
+
+    def spans(self, block: int) -> Tensor | None:
+        """(ids, 2) int32: an id's first rank and the one after its last; None where all ranks are
+        one block, and the search would cost more than it saves."""
+        start, stop = self.part
+        if self.ids is None or stop - start <= block:
+            return None
+        return _spans(self.plan, self.adapter_ranks, start, stop, self.owner.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spans(
+    plan: Plan, ranks: tuple[int, ...], start: int, stop: int, device: torch.device
+) -> Tensor:
+    owners = [o for o, rank in zip(plan.owners, ranks, strict=True) for _ in range(rank)]
+    spans = [[stop - start, 0] for _ in range(plan.num_adapters)]
+    for rank, owner in enumerate(owners[start:stop]):
+        spans[owner] = [min(spans[owner][0], rank), rank + 1]
+    return torch.tensor(spans, dtype=torch.int32, device=device)
 
 
 def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | None) -> Tensor:
@@ -121,6 +143,8 @@ def _expand(
         y,
         gates.ids,
         gates.owner,
+        gates.spans(config["BLOCK_R"]),
+        gates.plan.num_adapters,
         seed,
         m,
         c,
@@ -166,6 +190,8 @@ def _append(
         given[2],
         gates.ids,
         gates.owner,
+        gates.spans(blocks["BLOCK_R"]),
+        gates.plan.num_adapters,
         m,
         c,
         k,

@@ -96,12 +96,19 @@ def lora_linear_shrink_kernel(
 
 @triton.jit
 def _expanded(
-    total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+    total, s, f, ids, owner, spans, num_ids, rows, inside, offs_c, c_inside, num_ranks,
     stride_s, stride_fc, stride_fr, rows_per_id,
     HAS_IDS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """total + s f^T; what no row of the block uses is not read."""
-    for r in range(0, num_ranks, BLOCK_R):
+    start, stop = 0, num_ranks
+    if spans is not None:  # from the first to the last rank of the block's own adapters
+        id_of_row = _ids(ids, rows, inside, rows_per_id)
+        on = (id_of_row >= 0) & (id_of_row < num_ids)
+        start = tl.min(tl.load(spans + 2 * id_of_row, mask=on, other=num_ranks), 0)
+        start = start // BLOCK_R * BLOCK_R
+        stop = tl.max(tl.load(spans + 2 * id_of_row + 1, mask=on, other=0), 0)
+    for r in range(start, stop, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         r_inside = offs_r < num_ranks
         any_on = 1
@@ -133,6 +140,8 @@ def lora_linear_expand_kernel(
     y,  # (M, C)
     ids,
     owner,
+    spans,  # (num_ids, 2) int32, or None: see _Gates
+    num_ids,
     seed,
     num_rows,
     num_cols,
@@ -156,7 +165,7 @@ def lora_linear_expand_kernel(
     c_inside = offs_c < num_cols
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     total = _expanded(
-        total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+        total, s, f, ids, owner, spans, num_ids, rows, inside, offs_c, c_inside, num_ranks,
         stride_s, stride_fc, stride_fr, rows_per_id, HAS_IDS, BLOCK_R,
     )  # fmt: skip
     if HAS_DROPOUT:
@@ -181,6 +190,8 @@ def lora_linear_append_kernel(
     y,  # (M, C)
     ids,
     owner,
+    spans,
+    num_ids,
     num_rows,
     num_cols,
     num_inner,  # K
@@ -235,7 +246,7 @@ def lora_linear_append_kernel(
             x_at += BLOCK_K
             w_at += BLOCK_K * stride_wk
     total = _expanded(
-        total, s, f, ids, owner, rows, inside, offs_c, c_inside, num_ranks,
+        total, s, f, ids, owner, spans, num_ids, rows, inside, offs_c, c_inside, num_ranks,
         stride_s, stride_fc, stride_fr, rows_per_id, HAS_IDS, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
@@ -319,13 +330,13 @@ def lora_linear_contract_kernel(
                     keep = _kept(seed, rows, pid_c * BLOCK_C, num_cols, threshold, BLOCK_C)
                     wide = tl.where(keep, wide, 0.0)
                 total = tl.dot(tl.trans(wide), small, total, input_precision="ieee")
-        if OVER_COLS:
-            at = pid_c.to(tl.int64) * num_rows + rows
-            tl.store(
-                over_cols + at[:, None] * num_ranks + offs_r[None, :],
-                part,
-                mask=inside[:, None] & r_inside[None, :],
-            )
+            if OVER_COLS:  # where it is off, reduce reads nothing
+                at = pid_c.to(tl.int64) * num_rows + rows
+                tl.store(
+                    over_cols + at[:, None] * num_ranks + offs_r[None, :],
+                    part,
+                    mask=inside[:, None] & r_inside[None, :],
+                )
     if OVER_ROWS:
         at = pid_m * num_cols + offs_c
         tl.store(
@@ -356,15 +367,15 @@ def lora_linear_reduce_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = num_rows.to(tl.int64) * num_ranks
     inside = offs < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(num_parts):
-        total += tl.load(parts + part * size + offs, mask=inside, other=0.0)
     row = offs // num_ranks
     rank = offs % num_ranks
+    on = inside
+    if GATED and HAS_IDS:
+        id_of_row = _ids(ids, row, inside, rows_per_id)
+        on = inside & (id_of_row == tl.load(owner + rank, mask=inside, other=-2).to(tl.int32))
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + part * size + offs, mask=on, other=0.0)
     if GATED:
         total *= tl.load(scale + rank, mask=inside, other=0.0)
-        if HAS_IDS:
-            id_of_row = tl.load(ids + row // rows_per_id, mask=inside, other=-1).to(tl.int32)
-            on = id_of_row == tl.load(owner + rank, mask=inside, other=-2).to(tl.int32)
-            total = tl.where(on, total, 0.0)
     tl.store(out + row * stride_row + rank * stride_rank, total, mask=inside)

@@ -148,14 +148,15 @@ def _of_rank(
         )
 
     blocks, options = _build(expand(rank, dtype), label, expects=expects)
-    yield (
-        lora_linear_expand_kernel,
-        {"s": wide, "f": wide, "bias": wide, "y": wide}
-        | {"stride_s": "i32:16", "stride_fc": "i32:16"}
-        | common,
-        {**flags, **blocks, "HAS_BIAS": True, "stride_fr": 1},
-        options,
-    )
+    for spans in (None, "*i32:16"):  # past one block of ranks
+        yield (
+            lora_linear_expand_kernel,
+            {"s": wide, "f": wide, "bias": wide, "y": wide, "spans": spans, "num_ids": "i32"}
+            | {"stride_s": "i32:16", "stride_fc": "i32:16"}
+            | common,
+            {**flags, **blocks, "HAS_BIAS": True, "stride_fr": 1},
+            {**options, "label": options["label"] + " spans" * (spans is not None)},
+        )
 
     for i, config in enumerate(contract(rank, dtype, dropout)):
         archs = {"archs": (90,)} if i else {}
@@ -181,7 +182,13 @@ def _appended(
     pointers = dict.fromkeys(("x", "w", "bias", "s", "f", "y"), f"*{name}:16")
     sizes = dict.fromkeys(("num_rows", "num_cols", "num_inner", "num_ranks"), "i32:16")
     strides = dict.fromkeys(("stride_wc", "stride_s", "stride_fc"), "i32:16")
-    others = {"ids": "*i64:16", "owner": "*i64:16", "rows_per_id": "i32"}
+    others = {
+        "ids": "*i64:16",
+        "owner": "*i64:16",
+        "spans": None,
+        "num_ids": "i32",
+        "rows_per_id": "i32",
+    }
     for config in append(rank, dtype, True):
         if config["APPEND"]:
             launched = {name: size for name, size in config.items() if name not in _SWITCHES}
