@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
-#include "cpu/blas.h"
 #include "cpu/entries.h"
 #ifdef HYDRA_WITH_CUDA
 #include "cuda/entries.h"
@@ -25,7 +24,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_sums_cpu", &hydra::cpu::linear_logprob_sums, release_gil());
   m.def("linear_logprob_finish_cpu", &hydra::cpu::linear_logprob_finish, release_gil());
   m.def("linear_logprob_grads_cpu", &hydra::cpu::linear_logprob_grads, release_gil());
-  m.def("set_sgemm", &hydra::cpu::set_sgemm);
   m.def("lora_linear_fwd_cpu", &hydra::cpu::lora_linear_fwd, release_gil());
   m.def("lora_linear_bwd_cpu", &hydra::cpu::lora_linear_bwd, release_gil());
   m.def("lora_linear_merged_cpu", &hydra::cpu::lora_linear_merged, release_gil());

@@ -70,15 +70,11 @@ bool lora_linear_bwd(
     const std::vector<double>& scales, bool adapters_are_bf16,
     const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
     std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t dx);
-// merged (N, K) = W + the sum of scale B A, all float32; and, unless `from` is 0, its product: to
-// (M, N) = from merged^T + bias, or backward to (M, K) = from merged, added to what is there if it
-// adds.
+// merged (N, K) = W + the sum of scale B A, all float32.
 void lora_linear_merged(
     std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,
     std::int64_t num_inputs, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, std::uintptr_t merged, std::uintptr_t from,
-    std::int64_t from_stride, std::int64_t num_rows, std::uintptr_t bias, bool backward, bool adds,
-    std::uintptr_t to);
+    const std::vector<double>& scales, std::uintptr_t merged);
 // The id that all have, -1 where there are none, -2 where they differ.
 std::int64_t lora_linear_only_id(
     std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters);

@@ -28,11 +28,9 @@ struct Projection {
   std::uintptr_t wide;  // y, or dy, which may be absent
   std::int64_t stride;  // of its rows
   std::uintptr_t bias;
-  std::uintptr_t weight;  // (N, K) float32 for the wide product; 0: the caller does it
-  std::int64_t weight_stride;
 };
 
-// As Python flattens them: 11 integers an adapter in the order of the fields, 6 a projection.
+// As Python flattens them: 11 integers an adapter in the order of the fields, 4 a projection.
 inline std::vector<Adapter> read_adapters(
     const std::vector<std::int64_t>& flat, const std::vector<double>& scales) {
   std::vector<Adapter> adapters;
@@ -48,11 +46,10 @@ inline std::vector<Adapter> read_adapters(
 
 inline std::vector<Projection> read_projections(const std::vector<std::int64_t>& flat) {
   std::vector<Projection> projections;
-  for (std::size_t i = 0; 6 * i < flat.size(); ++i) {
-    const std::int64_t* f = flat.data() + 6 * i;
+  for (std::size_t i = 0; 4 * i < flat.size(); ++i) {
+    const std::int64_t* f = flat.data() + 4 * i;
     projections.push_back(
-        {f[0], static_cast<std::uintptr_t>(f[1]), f[2], static_cast<std::uintptr_t>(f[3]),
-         static_cast<std::uintptr_t>(f[4]), f[5]});
+        {f[0], static_cast<std::uintptr_t>(f[1]), f[2], static_cast<std::uintptr_t>(f[3])});
   }
   return projections;
 }

@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "cpu/arena.h"
-#include "cpu/blas.h"
 #include "cpu/entries.h"
 #include "cpu/lora_dropout.h"
 #include "cpu/lora_layout.h"
@@ -333,10 +332,6 @@ void merge_rows(
        weight_stride, call.num_inputs, nullptr, 0, w.rows, w.packed.get()});
 }
 
-float* floats(std::uintptr_t address) {
-  return reinterpret_cast<float*>(address);
-}
-
 // The arguments of both entries; false where no row has an adapter.
 bool read_call(
     std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
@@ -371,12 +366,6 @@ bool lora_linear_fwd(
       num_ids, num_adapters, dropout, seed, call);
   if (!any) return false;
   x_is_bf16 ? fwd<std::uint16_t>(call, x) : fwd<float>(call, x);
-  for (const Projection& p : call.projections) {
-    if (p.weight == 0) continue;
-    product(
-        num_rows, p.num_outputs, num_inputs, 1.0f, {floats(x), x_stride, false},
-        {floats(p.weight), p.weight_stride, true}, 1.0f, floats(p.wide), p.stride);
-  }
   return true;
 }
 
@@ -397,29 +386,20 @@ bool lora_linear_bwd(
     want.b |= f.db != 0;
   }
   x_is_bf16 ? bwd<std::uint16_t>(call, x, dx, want) : bwd<float>(call, x, dx, want);
-  for (const Projection& p : call.projections) {
-    if (p.weight == 0 || p.wide == 0 || !want.x) continue;
-    product(
-        num_rows, num_inputs, p.num_outputs, 1.0f, {floats(p.wide), p.stride, false},
-        {floats(p.weight), p.weight_stride, false}, 1.0f, floats(dx), num_inputs);
-  }
   return true;
 }
 
 void lora_linear_merged(
     std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,
     std::int64_t num_inputs, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, std::uintptr_t merged, std::uintptr_t from,
-    std::int64_t from_stride, std::int64_t num_rows, std::uintptr_t bias, bool backward, bool adds,
-    std::uintptr_t to) {
+    const std::vector<double>& scales, std::uintptr_t merged) {
   Call call;
   read_call(
-      num_outputs, num_inputs, 0, adapters, scales, false, {num_outputs, 0, 0, 0, 0, 0}, 0, 0, 1,
+      num_outputs, num_inputs, 0, adapters, scales, false, {num_outputs, 0, 0, 0}, 0, 0, 1,
       0.0, 0, call);
   Arena& arena = scratch();
   call.layout.classes[0].num_rows = num_outputs;
   const auto packs = plan_packs(call, false, true, false, false, arena);
-  const float* first = floats(bias);
 #pragma omp parallel if (call.parallel())
   {
     Worker<float> worker(call);
@@ -427,19 +407,11 @@ void lora_linear_merged(
     for (std::size_t i = 0; i < packs.size(); ++i) pack_one(call, packs[i], worker.fn.block);
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < num_outputs; row += kRows) {
-      merge_rows(call, weight, weight_stride, row, num_outputs, floats(merged), worker);
-    }
-#pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < (first == nullptr ? 0 : num_rows); ++row) {
-      std::copy_n(first, num_outputs, floats(to) + row * num_outputs);
+      merge_rows(
+          call, weight, weight_stride, row, num_outputs, reinterpret_cast<float*>(merged), worker);
     }
   }
   arena.finish();
-  if (from == 0) return;
-  product(
-      num_rows, backward ? num_inputs : num_outputs, backward ? num_outputs : num_inputs, 1.0f,
-      {floats(from), from_stride, false}, {floats(merged), num_inputs, !backward},
-      adds || first != nullptr ? 1.0f : 0.0f, floats(to), backward ? num_inputs : num_outputs);
 }
 
 std::int64_t lora_linear_only_id(

@@ -11,7 +11,6 @@ import ctypes
 import ctypes.util
 import importlib
 import importlib.util
-import platform
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,24 +55,6 @@ def _load() -> tuple[ModuleType | None, str]:
 module, why_not = _load()
 
 
-def _sgemm() -> int:
-    """The address of the sgemm_ that torch's products in float32 end in; 0 where there is none.
-
-    Elsewhere than on x86 oneDNN may stand before it.
-    """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return 0
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.sgemm_, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
-
-
-#: Whether the extension multiplies wide matrices itself, by torch's BLAS.
-has_blas = module is not None and (_address := _sgemm()) != 0
-if has_blas:
-    module.set_sgemm(_address)  # type: ignore[union-attr]
 #: How it was built: whether with CUDA, the compiler, the vector level that runs.
 build_info: dict[str, object] = module.build_info() if module is not None else {}
 _WITH_CUDA = bool(build_info.get("cuda"))

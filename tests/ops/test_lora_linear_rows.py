@@ -5,8 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear, lora_linear_group
-from hydra_kernels.backends import extension
-from hydra_kernels.backends.cpu import lora_linear as cpu_lora_linear
 from tests.numerics import assert_no_worse_than_torch, device_of, training_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import leaves, run
@@ -171,41 +169,3 @@ def test_rows_that_are_off_are_the_base_layer_in_a_mixed_batch(backend):
     else:
         torch.testing.assert_close(y[off], base[off])
     assert not torch.allclose(y[~off], base[~off])
-
-
-@pytest.mark.skipif(not extension.has_blas, reason="no extension, or torch has no sgemm_")
-@pytest.mark.parametrize("rows", [200, 60], ids=["merged", "added"])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_extension_s_products_are_torch_s_bit_for_bit(monkeypatch, rows, with_bias):
-    """Also where a weight's rows are longer than they look."""
-    weight, bias, a, b, scaling = make_layer(40, 24, (5,))
-    weight = torch.randn(40, 30)[:, 3:27]
-    inputs = [torch.randn(rows, 24), weight, bias if with_bias else None, *a, *b]
-    upstream = torch.randn(rows, 40)
-
-    def outputs():
-        x, w, bias, a, b = inputs
-        leaves_ = leaves(x, a, b)
-        y = lora_linear(leaves_[0], w, *leaves_[1:], scaling[0], bias=bias, backend="cpu")
-        return (y, *torch.autograd.grad(y, leaves_, upstream))
-
-    mine = outputs()
-    monkeypatch.setattr(extension, "has_blas", False)
-    for one, two in zip(mine, outputs(), strict=True):
-        assert torch.equal(one, two)
-
-
-@pytest.mark.skipif(not extension.has_blas, reason="no extension, or torch has no sgemm_")
-def test_products_in_less_than_float32_are_left_to_torch():
-    """torch.set_float32_matmul_precision says how exact a product is, also here."""
-    x, weight = torch.randn(20, 8), torch.randn(12, 8)
-    assert cpu_lora_linear._multiplies(x, weight)
-    assert not cpu_lora_linear._multiplies(x.double(), weight.double())
-    assert not cpu_lora_linear._multiplies(x, torch.randn(8, 12).t())
-    assert not cpu_lora_linear._multiplies(x[:1].expand(20, 8), weight)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert not cpu_lora_linear._multiplies(x, weight)
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,8 +1,7 @@
 """LoRA linear layers on a CPU: torch's BLAS for the wide products, C++ for the adapters.
 
-csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and adds the wide product to it,
-by the BLAS that is torch's (see _multiplies); what that cannot do, torch does. It sorts the rows by
-their id, so that a row costs its own adapters alone, and takes x and dy from memory once for all
+csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and torch adds the wide product
+to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy from memory once for all
 the small products. Where every row has the same adapter, nothing is dropped and there are enough
 rows, W + scale B A is made in scratch memory instead: that passes over W and not over x and y.
 float64, and rows too few to be worth packing factors for, are BLAS's: see lora_blas.py.
@@ -24,7 +23,6 @@ from hydra_kernels.backends.cpu import lora_blas
 from hydra_kernels.backends.lora_plan import Plan, restricted
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16})
-_FLOAT = torch.float32
 _FEW = 8  # rows
 _MIXED = -2
 _SCRATCH = 4 << 20  # floats that a thread keeps for merged weights: 16 MB
@@ -79,7 +77,7 @@ def fwd(
             a, b, ids = [a[j] for j in which], [b[j] for j in which], None
     if ids is None and _merges(x, weights, a, plan):
         return [
-            _merged_product(x, weight, bias, *_of_projection(a, b, plan, p))
+            F.linear(x, _merged(weight, *_of_projection(a, b, plan, p)), bias)
             for p, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ], None
     ys = []
@@ -88,17 +86,14 @@ def fwd(
         n = weight.shape[0]
         y = x.new_empty((x.shape[0], n))
         ys.append(y)
-        left = not _multiplies(x, weight)
         projections += (n, y.data_ptr(), n, 0 if bias is None else bias.data_ptr())
-        projections += (0, 0) if left else (weight.data_ptr(), weight.stride(0))
         if bias is not None and n > 1 and bias.stride(0) != 1:
             return fwd(x, weights, [_contiguous(t) for t in biases], a, b, plan, ids, seed)
     arguments = _arguments(x, a, b, (), (), projections, plan, ids, seed)
     if not extension.module.lora_linear_fwd_cpu(*arguments):  # type: ignore[union-attr]
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)], None
-    for p, (y, weight) in enumerate(zip(ys, weights, strict=True)):
-        if projections[6 * p + 4] == 0:
-            y.addmm_(x, weight.t())
+    for y, weight in zip(ys, weights, strict=True):
+        y.addmm_(x, weight.t())
     return ys, None
 
 
@@ -143,34 +138,26 @@ def bwd(
     das = [t.new_empty(t.shape) if need_a else None for t in a]
     dbs = [t.new_empty(t.shape) if need_b else None for t in b]
     merges = need_x and ids is None and _merges(x, weights, a, plan)
-    dx = x.new_empty(x.shape) if need_x else None
+    dx = x.new_empty(x.shape) if need_x and not merges else None
     flat = [None if dy is None else _rows(dy) for dy in dys]
     projections: list[int] = []
     if need_a or need_b or (need_x and not merges):
         for dy, weight in zip(flat, weights, strict=True):
             if dy is None:
-                projections += (weight.shape[0], 0, 0, 0, 0, 0)
-                continue
-            projections += (dy.shape[1], dy.data_ptr(), dy.stride(0), 0)
-            if need_x and not merges and _multiplies(dy, weight):
-                projections += (weight.data_ptr(), weight.stride(0))
+                projections += (weight.shape[0], 0, 0, 0)
             else:
-                projections += (0, 0)
+                projections += (dy.shape[1], dy.data_ptr(), dy.stride(0), 0)
         arguments = _arguments(x, a, b, das, dbs, projections, plan, ids, seed)
         if not extension.module.lora_linear_bwd_cpu(  # type: ignore[union-attr]
-            *arguments, 0 if dx is None or merges else dx.data_ptr()
+            *arguments, 0 if dx is None else dx.data_ptr()
         ):
             return _bwd_off(dys, weights, a, b, need_x, need_a, need_b)
-    if dx is not None:
-        fresh = merges
-        for p, (dy, weight) in enumerate(zip(flat, weights, strict=True)):
-            if dy is None:
-                continue
-            if merges:
-                _add_merged_product(dx, fresh, dy, weight, *_of_projection(a, b, plan, p))
-                fresh = False
-            elif projections[6 * p + 4] == 0:
-                dx.addmm_(dy, weight)
+    for p, (dy, weight) in enumerate(zip(flat, weights, strict=True)):
+        if not need_x or dy is None:
+            continue
+        if merges:
+            weight = _merged(weight, *_of_projection(a, b, plan, p))
+        dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     return dx, das, dbs
 
 
@@ -192,26 +179,6 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
     return extension.module.lora_linear_only_id_cpu(  # type: ignore[union-attr]
         ids.data_ptr(), ids.numel(), plan.num_adapters
     )
-
-
-_precision_of = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch 2.9 and later
-
-
-def _multiplies(rows: Tensor, weight: Tensor) -> bool:
-    """Whether the extension multiplies them, by the BLAS that torch.mm takes, to the same bits.
-
-    It saves the way through torch, which is long after a product has emptied the caches.
-    """
-    if not extension.has_blas or rows.dtype is not _FLOAT or weight.dtype is not _FLOAT:
-        return False
-    columns = weight.stride()
-    if columns[1] != 1 or columns[0] < weight.shape[1] or rows.stride(0) < rows.shape[1]:
-        return False
-    if weight.numel() == 0 or rows.shape[0] == 0:
-        return False
-    if _precision_of is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return _precision_of("mkldnn", "matmul") in ("none", "ieee")
 
 
 # ---- merged weights
@@ -253,56 +220,12 @@ def _of_projection(
     return a[here], b[here], plan.scales[here]
 
 
-def _merged_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
+def _merged(
+    weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]
 ) -> Tensor:
-    """x (W + sum of scale B A)^T + bias."""
+    """W + sum of scale B A, in scratch memory; W itself where there is nothing to add."""
     if not a:
-        return F.linear(x, weight, bias)
-    if not _multiplies(x, weight) or not (bias is None or bias.stride(0) == 1):
-        return F.linear(x, _merge(weight, a, b, scales), bias)
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    _merge(weight, a, b, scales, x, bias, False, False, y)
-    return y
-
-
-def _add_merged_product(
-    dx: Tensor,
-    fresh: bool,
-    dy: Tensor,
-    weight: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
-    """dx += dy (W + sum of scale B A); without the +, where it is fresh."""
-    if a and _multiplies(dy, weight):
-        _merge(weight, a, b, scales, dy, None, True, not fresh, dx)
-        return
-    merged = _merge(weight, a, b, scales) if a else weight
-    if fresh:
-        torch.mm(dy, merged, out=dx)
-    else:
-        dx.addmm_(dy, merged)
-
-
-def _merge(
-    weight: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    backward: bool = False,
-    adds: bool = False,
-    product: Tensor | None = None,
-) -> Tensor:
-    """W + sum of scale B A, in scratch memory; and its product with rows, if there are any."""
+        return weight
     n, k = weight.shape
     merged = _scratch(n, k)
     extension.module.lora_linear_merged_cpu(  # type: ignore[union-attr]
@@ -313,13 +236,6 @@ def _merge(
         _factors(a, b, (), (), (len(a),), (0,) * len(a)),
         scales,
         merged.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        0 if rows is None else rows.stride(0),
-        0 if rows is None else rows.shape[0],
-        0 if bias is None else bias.data_ptr(),
-        backward,
-        adds,
-        0 if product is None else product.data_ptr(),
     )
     return merged
 
