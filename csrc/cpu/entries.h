@@ -58,18 +58,18 @@ void linear_logprob_grads(
 // The adapters' part of y, or bias, into every y; false, and nothing written, where every row is
 // off. Adapters and projections are flattened as csrc/cpu/lora_layout.h says.
 bool lora_linear_fwd(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, bool adapters_are_bf16,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed);
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters, double dropout,
+    std::uintptr_t seed);
 // The adapters' part of dx and their gradients; false, and nothing written, where every row is off.
 bool lora_linear_bwd(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, bool adapters_are_bf16,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t dx);
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters, double dropout,
+    std::uintptr_t seed, std::uintptr_t dx);
 // merged (N, K) = W + the sum of scale B A, all float32.
 void lora_linear_merged(
     std::uintptr_t weight, std::int64_t weight_stride, std::int64_t num_outputs,

@@ -11,8 +11,6 @@
 #endif
 #include "hydra/philox.h"
 
-#define HYDRA_INLINE inline __attribute__((always_inline))
-
 namespace hydra::cpu::lora {
 
 struct Dropout {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/floats.h"
 #include "cpu/lora_panels.h"
 
 namespace hydra::cpu::lora {
@@ -20,6 +21,7 @@ struct Adapter {
   std::uintptr_t a, b;  // (rank, K) and (N, rank)
   std::int64_t a_stride_rank, a_stride_col, b_stride_col, b_stride_rank, rank, owner, projection;
   std::uintptr_t da, db;  // contiguous; 0 where not asked for
+  Dtype dtype;
   float scale;
 };
 
@@ -30,16 +32,17 @@ struct Projection {
   std::uintptr_t bias;
 };
 
-// As Python flattens them: 11 integers an adapter in the order of the fields, 4 a projection.
+// As Python flattens them: 12 integers an adapter in the order of the fields, 4 a projection.
 inline std::vector<Adapter> read_adapters(
     const std::vector<std::int64_t>& flat, const std::vector<double>& scales) {
   std::vector<Adapter> adapters;
   for (std::size_t i = 0; i < scales.size(); ++i) {
-    const std::int64_t* f = flat.data() + 11 * i;
+    const std::int64_t* f = flat.data() + 12 * i;
     adapters.push_back(
         {static_cast<std::uintptr_t>(f[0]), static_cast<std::uintptr_t>(f[1]), f[2], f[3], f[4],
          f[5], f[6], f[7], f[8], static_cast<std::uintptr_t>(f[9]),
-         static_cast<std::uintptr_t>(f[10]), static_cast<float>(scales[i])});
+         static_cast<std::uintptr_t>(f[10]), static_cast<Dtype>(f[11]),
+         static_cast<float>(scales[i])});
   }
   return adapters;
 }

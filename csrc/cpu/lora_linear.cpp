@@ -17,6 +17,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/entries.h"
+#include "cpu/floats.h"
 #include "cpu/lora_dropout.h"
 #include "cpu/lora_layout.h"
 #include "cpu/lora_panels.h"
@@ -290,11 +291,10 @@ void bwd(Call& call, std::uintptr_t x, std::uintptr_t dx, const Wanted& want) {
 #pragma omp for schedule(static)
     for (std::size_t i = 0; i < writes.size(); ++i) {
       const std::size_t of = writes[i].of;
-      if (call.adapters_are_bf16) {
-        write_grad<std::uint16_t>(call, writes[i], sums[of], totals[of]);
-      } else {
-        write_grad<float>(call, writes[i], sums[of], totals[of]);
-      }
+      const Adapter& f = call.adapters[classes[of].adapters[writes[i].adapter]];
+      with_type(f.dtype, [&](auto zero) {
+        write_grad<decltype(zero)>(call, writes[i], sums[of], totals[of]);
+      });
     }
     const std::int64_t off = call.num_rows - call.layout.first_off;
 #pragma omp for schedule(static)
@@ -336,15 +336,13 @@ void merge_rows(
 bool read_call(
     std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
     const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
-    bool adapters_are_bf16, const std::vector<std::int64_t>& projections, std::uintptr_t ids,
-    std::int64_t num_ids, std::int64_t num_adapters, double dropout, std::uintptr_t seed,
-    Call& call) {
+    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
+    std::int64_t num_adapters, double dropout, std::uintptr_t seed, Call& call) {
   call.num_rows = num_rows;
   call.num_inputs = num_inputs;
   call.x_stride = x_stride;
   call.adapters = read_adapters(adapters, scales);
   call.projections = read_projections(projections);
-  call.adapters_are_bf16 = adapters_are_bf16;
   call.dropout = make_dropout(dropout, reinterpret_cast<const std::int64_t*>(seed));
   const auto* id = reinterpret_cast<const std::int64_t*>(ids);
   call.layout.classes =
@@ -355,37 +353,38 @@ bool read_call(
 }  // namespace
 
 bool lora_linear_fwd(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, bool adapters_are_bf16,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed) {
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters, double dropout,
+    std::uintptr_t seed) {
   Call call;
   const bool any = read_call(
-      num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
-      num_ids, num_adapters, dropout, seed, call);
+      num_rows, num_inputs, x_stride, adapters, scales, projections, ids, num_ids, num_adapters,
+      dropout, seed, call);
   if (!any) return false;
-  x_is_bf16 ? fwd<std::uint16_t>(call, x) : fwd<float>(call, x);
+  with_type(static_cast<Dtype>(x_dtype), [&](auto zero) { fwd<decltype(zero)>(call, x); });
   return true;
 }
 
 bool lora_linear_bwd(
-    std::uintptr_t x, bool x_is_bf16, std::int64_t num_rows, std::int64_t num_inputs,
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
     std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
-    const std::vector<double>& scales, bool adapters_are_bf16,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters, double dropout, std::uintptr_t seed, std::uintptr_t dx) {
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters, double dropout,
+    std::uintptr_t seed, std::uintptr_t dx) {
   Call call;
   const bool any = read_call(
-      num_rows, num_inputs, x_stride, adapters, scales, adapters_are_bf16, projections, ids,
-      num_ids, num_adapters, dropout, seed, call);
+      num_rows, num_inputs, x_stride, adapters, scales, projections, ids, num_ids, num_adapters,
+      dropout, seed, call);
   if (!any) return false;
   Wanted want{dx != 0, false, false};
   for (const Adapter& f : call.adapters) {
     want.a |= f.da != 0;
     want.b |= f.db != 0;
   }
-  x_is_bf16 ? bwd<std::uint16_t>(call, x, dx, want) : bwd<float>(call, x, dx, want);
+  with_type(
+      static_cast<Dtype>(x_dtype), [&](auto zero) { bwd<decltype(zero)>(call, x, dx, want); });
   return true;
 }
 
@@ -395,8 +394,7 @@ void lora_linear_merged(
     const std::vector<double>& scales, std::uintptr_t merged) {
   Call call;
   read_call(
-      num_outputs, num_inputs, 0, adapters, scales, false, {num_outputs, 0, 0, 0}, 0, 0, 1,
-      0.0, 0, call);
+      num_outputs, num_inputs, 0, adapters, scales, {num_outputs, 0, 0, 0}, 0, 0, 1, 0.0, 0, call);
   Arena& arena = scratch();
   call.layout.classes[0].num_rows = num_outputs;
   const auto packs = plan_packs(call, false, true, false, false, arena);

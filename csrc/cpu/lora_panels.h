@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/floats.h"
 #include "cpu/lora_dropout.h"
 #include "cpu/multiversion.h"
 #ifdef HYDRA_X86_LEVELS
@@ -47,31 +48,6 @@ HYDRA_INLINE void store(float* p, const typename Vector<W>::type& v) {
 template <int W>
 HYDRA_INLINE void add(float* p, const typename Vector<W>::type& v) {
   *reinterpret_cast<typename Vector<W>::loose*>(p) += v;
-}
-
-// ---- float32 and bfloat16
-
-HYDRA_INLINE float widen(float v) {
-  return v;
-}
-
-HYDRA_INLINE float widen(std::uint16_t v) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(v) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-HYDRA_INLINE void narrow(float v, float* to) {
-  *to = v;
-}
-
-HYDRA_INLINE void narrow(float v, std::uint16_t* to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  *to = static_cast<std::uint16_t>(nan ? 0x7FC0u : rounded);
 }
 
 // ---- what the functions are given

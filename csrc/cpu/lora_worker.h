@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/floats.h"
 #include "cpu/lora_dropout.h"
 #include "cpu/lora_layout.h"
 #include "cpu/lora_panels.h"
@@ -18,7 +19,6 @@ struct Call {
   std::int64_t num_rows, num_inputs, x_stride;
   std::vector<Adapter> adapters;
   std::vector<Projection> projections;
-  bool adapters_are_bf16;
   Dropout dropout;
   Layout layout;
 
@@ -59,8 +59,7 @@ inline std::vector<Pack> plan_packs(
   return packs;
 }
 
-template <class T>
-void pack(const Call& call, const Pack& task, int wide_block) {
+inline void pack_one(const Call& call, const Pack& task, int wide_block) {
   Class& c = *task.of;
   const bool of_a = task.projection < 0;
   const auto p = static_cast<std::size_t>(task.projection);
@@ -71,23 +70,18 @@ void pack(const Call& call, const Pack& task, int wide_block) {
   clear_columns(ranks, task.col, packed);
   for (std::size_t i = 0; i < c.adapters.size(); ++i) {
     const Adapter& f = call.adapters[c.adapters[i]];
-    if (of_a) {
-      pack_columns(
-          reinterpret_cast<const T*>(f.a), f.a_stride_rank, f.a_stride_col, f.rank, c.at[i], ranks,
-          task.col, width, wide_block, packed);
-    } else if (f.projection == task.projection) {
-      pack_columns(
-          reinterpret_cast<const T*>(f.b), f.b_stride_rank, f.b_stride_col, f.rank,
-          c.at[i] - c.ranks[p].start, ranks, task.col, width, wide_block, packed);
-    }
-  }
-}
-
-inline void pack_one(const Call& call, const Pack& task, int wide_block) {
-  if (call.adapters_are_bf16) {
-    pack<std::uint16_t>(call, task, wide_block);
-  } else {
-    pack<float>(call, task, wide_block);
+    with_type(f.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      if (of_a) {
+        pack_columns(
+            reinterpret_cast<const T*>(f.a), f.a_stride_rank, f.a_stride_col, f.rank, c.at[i],
+            ranks, task.col, width, wide_block, packed);
+      } else if (f.projection == task.projection) {
+        pack_columns(
+            reinterpret_cast<const T*>(f.b), f.b_stride_rank, f.b_stride_col, f.rank,
+            c.at[i] - c.ranks[p].start, ranks, task.col, width, wide_block, packed);
+      }
+    });
   }
 }
 

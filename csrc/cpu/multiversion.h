@@ -50,6 +50,9 @@
 #endif
 #endif
 
+// For what has no level of its own: inlined, it takes that of the function around it.
+#define HYDRA_INLINE inline __attribute__((always_inline))
+
 namespace hydra::cpu {
 
 enum class Isa { kBaseline = 0, kV3 = 1, kV4 = 2 };  // as in the x86-64 psABI levels

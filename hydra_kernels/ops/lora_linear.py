@@ -329,7 +329,7 @@ def _check(
         x.dtype,
         weight.shape,
         weight.dtype,
-        None if bias is None else bias.shape,
+        None if bias is None else (bias.shape, bias.dtype),
         *[(t.shape, t.dtype) for t in a],
         None,
         *[(t.shape, t.dtype) for t in b],
@@ -338,7 +338,8 @@ def _check(
     if key in _FITTING:
         return
     _check_shapes(x, weight, bias, a, b, dropout)
-    if x.dtype == weight.dtype and not torch.compiler.is_compiling():
+    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
+    if alike and not torch.compiler.is_compiling():
         if len(_FITTING) >= 4096:
             _FITTING.clear()
         _FITTING.add(key)
@@ -364,6 +365,12 @@ def _check_shapes(
         raise ValueError(f"{_OP}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"{_OP}: x is {x.dtype} and weight {weight.dtype}")
+    if (
+        bias is not None
+        and bias.dtype != weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    ):
+        raise ValueError(f"{_OP}: bias is {bias.dtype} and weight {weight.dtype}")
     if not a or len(a) != len(b):
         raise ValueError(
             f"{_OP}: needs as many lora_b as lora_a, at least one, got {len(a)} and {len(b)}"

@@ -23,15 +23,17 @@ def run(
     tensors: tuple[Tensor | None, ...],  # weights, biases, lora_a, lora_b
 ) -> tuple[Tensor, ...]:
     traced = recording.watched()
+    dtype: torch.dtype | None = None
     if traced or torch._C._is_any_autocast_enabled():
         device = x.device.type
         if torch.is_autocast_enabled(device):
             # As F.linear: all of it in autocast's dtype.
             dtype = torch.get_autocast_dtype(device)
-            x = x.to(dtype)
-            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
+            base = 2 * len(plan.counts)
+            tensors = (*(t if t is None else t.to(dtype) for t in tensors[:base]), *tensors[base:])
     if traced:
         p, n = len(plan.counts), len(plan.owners)
+        x, tensors = _cast(dtype, plan, x, tensors)
         ys, _ = torch.ops.hydra.lora_linear_fwd(
             x,
             list(tensors[:p]),
@@ -50,8 +52,20 @@ def run(
     if torch.is_grad_enabled():
         # What Function.apply calls in the end, without the 5 us of asking about torch.func's
         # transforms, which the choice of the backend has asked about.
-        return _apply(chosen, plan, adapter_ids, seed, x, *tensors)
+        return _apply(chosen, plan, adapter_ids, seed, dtype, x, *tensors)
+    x, tensors = _cast(dtype, plan, x, tensors)
     return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
+
+
+def _cast(
+    dtype: torch.dtype | None, plan: Plan, x: Tensor, tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """x and the adapters in autocast's ``dtype``, in which the weights and biases are already."""
+    if dtype is None:
+        return x, tensors
+    base = 2 * len(plan.counts)
+    adapters = (t if t is None else t.to(dtype) for t in tensors[base:])
+    return x.to(dtype), (*tensors[:base], *adapters)
 
 
 def _unpack(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
@@ -122,36 +136,38 @@ def _backward(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chosen, plan, adapter_ids, seed, x, *tensors):
-        ys, s = _forward(chosen, plan, adapter_ids, seed, x, tensors)
+    def forward(ctx, chosen, plan, adapter_ids, seed, dtype, x, *tensors):
+        ys, s = _forward(chosen, plan, adapter_ids, seed, *_cast(dtype, plan, x, tensors))
         if x.dim() != 2:  # autograd refuses in-place changes of a function's outputs that are views
             ys = tuple(y.detach() for y in ys)
         ctx.set_materialize_grads(False)
         p = len(plan.counts)
+        # As they came, which others hold too: a copy in autocast's dtype is made again in backward.
         ctx.save_for_backward(x, s, adapter_ids, seed, *tensors[:p], *tensors[2 * p :])
-        ctx.plan, ctx.chosen = plan, chosen
+        ctx.plan, ctx.chosen, ctx.dtype = plan, chosen, dtype
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (None, None, None, None, *_gradients(ctx, saved, dys))
+            return (None, None, None, None, None, *_gradients(ctx, saved, dys))
         with torch.no_grad():
             found = _gradients(ctx, saved, dys)
-        return (None, None, None, None, *once(_OP, found, (saved[0], *saved[4:], *dys)))
+        return (None, None, None, None, None, *once(_OP, found, (saved[0], *saved[4:], *dys)))
 
 
 def _gradients(
     ctx, saved: tuple, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:  # of x and of the tensors
     x, s, adapter_ids, seed, *rest = saved
-    need = ctx.needs_input_grad[4:]
+    need = ctx.needs_input_grad[5:]
     p = len(dys)
     tensors = (*rest[:p], *(None,) * p, *rest[p:])
     unread = [i for i in range(p) if dys[i] is None]  # not count(), which compares tensors
     if len(unread) == p:
         return (None,) * (1 + len(tensors))
+    x, tensors = _cast(ctx.dtype, ctx.plan, x, tensors)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             dx, grads = _backward(ctx.chosen, ctx.plan, adapter_ids, seed, x, s, tensors, dys, need)

@@ -113,8 +113,10 @@ class FusedLinear(lora.Linear):
         ):
             return None
         autocast = torch.is_autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and not autocast:
-            return None
+        if not autocast:
+            bias = base._parameters["bias"]
+            if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+                return None
         lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
         drops = modules["lora_dropout"]._modules
         found: float | None = None

@@ -325,6 +325,7 @@ def test_refusals():
         ({"lora_b": lora_b[:1]}, "as many lora_b"),
         ({"lora_b": lora_b[::-1]}, "lora_a must be"),
         ({"lora_a": [a.double() for a in lora_a]}, "its lora_b"),
+        ({"bias": bias.double()}, "bias is torch.float64 and weight torch.float32"),
         ({"scaling": [1.0]}, "one number or 2"),
         ({"dropout": 1.5}, "dropout must be"),
         ({"adapter_ids": torch.zeros(4)}, "integers"),

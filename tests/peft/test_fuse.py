@@ -410,6 +410,9 @@ def test_dtypes_that_pefts_layers_refuse_are_refused():
         layer(x)
         with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
             layer(x)
+        layer.base_layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
 
 
 def test_a_word_embedding_tied_to_an_adapted_head():

@@ -1,10 +1,11 @@
 """LoRA linear layers on a CPU: torch's BLAS for the wide products, C++ for the adapters.
 
 csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and torch adds the wide product
-to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy from memory once for all
-the small products. Where every row has the same adapter, nothing is dropped and there are enough
-rows, W + scale B A is made in scratch memory instead: that passes over W and not over x and y.
-float64, and rows too few to be worth packing factors for, are BLAS's: see lora_blas.py.
+to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy
+from memory once for all the small products. Where every row has the same adapter, nothing is
+dropped and there are enough rows, W + scale B A is made in scratch memory instead: that passes over
+W and not over x and y. float64, and rows too few to be worth packing factors for, are BLAS's: see
+lora_blas.py.
 
 s is not saved for backward but computed again while x is in the cache for dA.
 """
@@ -22,7 +23,8 @@ from hydra_kernels.backends import extension, registry
 from hydra_kernels.backends.cpu import lora_blas
 from hydra_kernels.backends.lora_plan import Plan, restricted
 
-_DTYPES = frozenset({torch.float32, torch.bfloat16})
+# As csrc/cpu/floats.h numbers them.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW = 8  # rows
 _MIXED = -2
 _SCRATCH = 4 << 20  # floats that a thread keeps for merged weights: 16 MB
@@ -35,10 +37,10 @@ def unsupported(
     """``tensors`` are the weights and biases, and the adapters."""
     reasons = registry.wrong_device("cpu", x, ids, seed, *tensors)
     found = {t.dtype for t in (x, *tensors) if t is not None}
-    if found - _DTYPES and found != {torch.float64}:
+    if found - _DTYPES.keys() and found != {torch.float64}:
         names = ", ".join(sorted(str(dtype) for dtype in found))
-        reasons.append(f"needs float32 and bfloat16, or float64 alone, got {names}")
-    elif seed is not None and found - _DTYPES:
+        reasons.append(f"needs float32, bfloat16 and float16, or float64 alone, got {names}")
+    elif seed is not None and found - _DTYPES.keys():
         reasons.append("has no dropout in float64")
     return reasons
 
@@ -46,12 +48,14 @@ def unsupported(
 def _by_blas(x: Tensor, a: Sequence[Tensor], plan: Plan, ids: Tensor | None) -> bool:
     if x.dtype is torch.float64:
         return True
-    return (
-        x.shape[0] <= _FEW
-        and ids is None
-        and plan.dropout == 0.0
-        and x.dtype is a[0].dtype is torch.float32
-    )
+    return x.shape[0] <= _FEW and ids is None and plan.dropout == 0.0 and _all_float32(x, a)
+
+
+def _all_float32(x: Tensor, a: Sequence[Tensor]) -> bool:
+    for t in a:
+        if t.dtype is not torch.float32:
+            return False
+    return x.dtype is torch.float32
 
 
 def fwd(
@@ -186,7 +190,7 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
 
 def _merges(x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], plan: Plan) -> bool:
     """Whether passing over W twice is less than over x and y: measured, and by their sizes."""
-    if plan.dropout > 0.0 or x.dtype is not torch.float32 or a[0].dtype is not torch.float32:
+    if plan.dropout > 0.0 or not _all_float32(x, a):
         return False
     m, k = x.shape
     for w in weights:
@@ -282,6 +286,7 @@ def _factors(
                 factors.append(0 if db is None else db.data_ptr())
             else:
                 factors += (0, 0)
+            factors.append(_DTYPES[each_a.dtype])
             j += 1
     return factors
 
@@ -304,12 +309,11 @@ def _arguments(
         scales = [scale * grown for scale in scales]
     return (
         x.data_ptr(),
-        x.dtype is torch.bfloat16,
+        _DTYPES[x.dtype],
         *x.shape,
         x.stride(0),
         _factors(a, b, das, dbs, plan.counts, plan.owners),
         scales,
-        a[0].dtype is torch.bfloat16,
         projections,
         0 if ids is None else ids.data_ptr(),
         0 if ids is None else ids.numel(),
