@@ -97,7 +97,7 @@ def plan(
         models = models_on_meta(model_config, config)
         return _plan(models, model_config, config, prompt_length)
     except (ValueError, NotImplementedError, RuntimeError) as e:
-        # RuntimeError: torch has the grouped products of experts without storage in bfloat16 alone.
+        # RuntimeError: torch 2.13 has shapes for the grouped products of experts in bfloat16 alone.
         kind = f"{model_config.model_type} in {config.dtype or model_config.dtype or 'float32'}"
         raise UserError(f"cannot plan for {kind}: {first_line(e)}") from e
 

@@ -96,13 +96,26 @@ def test_every_family_is_planned(family):
     assert by["ppo"].peak > by["lora-ppo"].peak > by["d-lora-ppo"].peak > by["hydra-ppo"].peak
 
 
-def test_experts_are_planned_in_the_dtype_that_torch_has_shapes_for():
+def test_experts_are_planned_in_the_dtypes_that_torch_has_shapes_for():
+    """bfloat16 in every torch; float32 from one after 2.13 on, and before it the plan says so."""
     config = CONFIGS["mixtral"]()
     halves = memory.plan(config, settings("hydra-ppo", dtype="bfloat16"), prompt_length=PROMPT)
     assert halves.peak > halves.weights > 0
-    with pytest.raises(UserError, match="cannot plan for mixtral in float32: ") as caught:
-        memory.plan(config, settings("hydra-ppo", dtype="float32"), prompt_length=PROMPT)
-    assert "\n" not in str(caught.value)
+    try:
+        whole = memory.plan(config, settings("hydra-ppo", dtype="float32"), prompt_length=PROMPT)
+    except UserError as error:
+        assert str(error).startswith("cannot plan for mixtral in float32: ")
+    else:
+        assert whole.weights == pytest.approx(2 * halves.weights, rel=0.01)
+
+
+def test_what_torch_has_no_shapes_for_is_one_line(monkeypatch):
+    def refuse(model_config, config):
+        raise RuntimeError("no shapes\nand a page more")
+
+    monkeypatch.setattr(memory, "models_on_meta", refuse)
+    with pytest.raises(UserError, match="^cannot plan for llama in float32: no shapes$"):
+        memory.plan(CONFIGS["llama"](), settings("hydra-ppo"), prompt_length=PROMPT)
 
 
 def test_parts_by_hand():
