@@ -111,6 +111,15 @@ def test_what_no_descriptor_can_read_is_read_by_pointers(described, case):
         torch.testing.assert_close(t.double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+def test_saved_logits_are_made_by_pointers(described):
+    results, grads = run(
+        half_inputs(), torch.ones(4, 70, device=DEVICE), backend="triton", memory="save"
+    )
+    taken = {name: any(c["TMA"] for c in found) for name, found in described.items()}
+    assert taken == {"fwd": False, "dlogits": False, "dhidden": True}
+    assert all(torch.isfinite(t).all() for t in [*results.values(), *grads])
+
+
 def test_older_gpus_and_float32_are_offered_no_descriptors():
     for itemsize, major, tma in [(4, 9, True), (2, 9, False)]:
         for has_ref in (False, True):

@@ -128,14 +128,15 @@ def _dhidden_candidates(itemsize: int, tma: bool) -> list[dict[str, int]]:
 
 
 def _choose(
-    kernel: str, inputs: LogprobInputs, run: Callable[[tuning.Config], None]
+    kernel: str, inputs: LogprobInputs, saved: bool, run: Callable[[tuning.Config], None]
 ) -> tuning.Config:
     """Not by M: a row's result is the same in every batch, so its blocks are."""
     hidden, weight, ref_hidden = inputs.hidden, inputs.weight, inputs.ref_hidden
     has_ref, has_softcap = ref_hidden is not None, inputs.softcap > 0.0
     itemsize, major = hidden.element_size(), runtime.major(hidden.device)
     read = (hidden, weight) if ref_hidden is None else (hidden, weight, ref_hidden)
-    tma = itemsize == 2 and runtime.has_tma(*read)
+    # The addresses of logits to be saved leave the wide blocks no registers.
+    tma = itemsize == 2 and not saved and runtime.has_tma(*read)
     sizes = {"V": weight.shape[0], "D": hidden.shape[1], "itemsize": itemsize}
     sizes |= {"reference": int(has_ref), "softcap": int(has_softcap), "tma": int(tma)}
     of_kernel = {"linear_logprob_fwd": _fwd_candidates}.get(kernel, _dlogits_candidates)
@@ -238,7 +239,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
         )
 
     with launch.on_device(hidden):
-        run(_choose("linear_logprob_fwd", inputs, run))
+        run(_choose("linear_logprob_fwd", inputs, save, run))
     return results, norms, saved, ref_saved
 
 
@@ -327,7 +328,8 @@ def bwd(
     for first in range(0, V, chunk) if M else ():
         count = min(chunk, V - first)
         with launch.on_device(hidden):
-            make_dlogits(_choose("linear_logprob_dlogits", inputs, make_dlogits), first)
+            kept = saved is not None
+            make_dlogits(_choose("linear_logprob_dlogits", inputs, kept, make_dlogits), first)
             if dhidden is not None:
 
                 def trial(config: tuning.Config) -> None:  # on a sum of its own

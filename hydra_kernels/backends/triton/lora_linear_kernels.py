@@ -103,11 +103,11 @@ def _expanded(
     """total + s f^T; what no row of the block uses is not read."""
     start, stop = 0, num_ranks
     if spans is not None:  # from the first to the last rank of the block's own adapters
-        id_of_row = _ids(ids, rows, inside, rows_per_id)
-        on = (id_of_row >= 0) & (id_of_row < num_ids)
-        start = tl.min(tl.load(spans + 2 * id_of_row, mask=on, other=num_ranks), 0)
+        span = _ids(ids, rows, inside, rows_per_id)
+        has_one = (span >= 0) & (span < num_ids)
+        start = tl.min(tl.load(spans + 2 * span, mask=has_one, other=num_ranks), 0)
         start = start // BLOCK_R * BLOCK_R
-        stop = tl.max(tl.load(spans + 2 * id_of_row + 1, mask=on, other=0), 0)
+        stop = tl.max(tl.load(spans + 2 * span + 1, mask=has_one, other=0), 0)
     for r in range(start, stop, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         r_inside = offs_r < num_ranks
