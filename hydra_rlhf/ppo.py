@@ -124,7 +124,8 @@ def train(
         reward_fn: Scores responses in place of the reward head; called as
             ``f(prompts=..., completions=..., **columns)``.
         eval_prompts: Held-out prompts, used every ``config.eval_steps`` steps.
-        tracker: Gets each step's metrics.
+        tracker: Gets each step's metrics: an ``accelerate.Accelerator``, a W&B run, or anything
+            else with ``log(metrics, step)``.
         on_step: Called with (step from 1, metrics) after each step.
         on_samples: Called in the first process with (step, rows of prompt, response, score, kl)
             after every ``config.sample_steps`` rollouts, the first and the last.

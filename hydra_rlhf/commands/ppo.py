@@ -19,7 +19,7 @@ from hydra_rlhf.commands.inputs import (
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import MethodModels, models_of
-from hydra_rlhf.records import Tracker
+from hydra_rlhf.records import Tracker, read_metrics
 from hydra_rlhf.rollout import PromptTooLong, encode_prompts
 from hydra_rlhf.schedule import seed_everything
 from hydra_rlhf.settings import required, setting
@@ -120,13 +120,15 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
             raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
             models.save(run_dir, base_model=config.sft_model_path)
-            last = result.metrics[-1] if result.metrics else {}
-            write_cards(run_dir, config, last, given.prompts)
+            figures = [line for line in read_metrics(run_dir) if line.get("stage") == "ppo"]
+            write_cards(run_dir, config, figures[-1] if figures else {}, given.prompts)
             tracker.plot()
-            tracker.write_text("README.md", readme(given, config, result, run_dir))
+            tracker.write_text("README.md", readme(given, config, figures, result, run_dir))
             tracker.report(result.diagnostics)
         for message in result.diagnostics:
             tracker.say(f"note: {message}")
+        if not result.metrics:
+            tracker.say("All steps were done before: a larger --max-steps goes on")
         tracker.say(f"Adapters and heads: {run_dir}")
     return result
 
@@ -187,11 +189,22 @@ def check_prompts(
         raise UserError(f"{error} (--overlong drop, or truncate)") from error
 
 
-def readme(given: PPOInput, config: PPOConfig, result: ppo.PPOResult, run_dir: Path) -> str:
-    """README.md of the run folder."""
+def readme(
+    given: PPOInput,
+    config: PPOConfig,
+    figures: list[dict[str, Any]],
+    result: ppo.PPOResult,
+    run_dir: Path,
+) -> str:
+    """README.md of the run folder.
+
+    Args:
+        figures: Of every step of the run, those before it went on too.
+    """
     rows = []
-    if result.metrics:
-        first, last = result.metrics[0], result.metrics[-1]
+    seconds = f", {result.seconds:.0f} s" if result.first_step == 1 else ""
+    if figures:
+        first, last = figures[0], figures[-1]
         for name in (
             "objective/scores",
             "objective/kl",
@@ -205,8 +218,8 @@ def readme(given: PPOInput, config: PPOConfig, result: ppo.PPOResult, run_dir: P
         [
             f"# {METHOD_TITLES[config.method]} on `{given.prompts}`",
             "",
-            f"From `{config.sft_model_path}`, {len(result.metrics)} steps of "
-            f"{config.local_batch_size} responses, {result.seconds:.0f} s.",
+            f"From `{config.sft_model_path}`, {len(figures)} steps of "
+            f"{config.local_batch_size} responses{seconds}.",
             "",
             "| figure | first step | last step |",
             "|---|---|---|",

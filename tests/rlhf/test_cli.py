@@ -318,6 +318,25 @@ def test_the_seed_draws_the_adapters_of_ppo(tmp_path, model):
     assert torch.equal(drawn["a"], drawn["same"]) and not torch.equal(drawn["a"], drawn["b"])
 
 
+def test_the_page_of_a_resumed_run_is_of_all_its_steps(tmp_path, model, pairs, capsys):
+    with_reward_head(model, tmp_path / "start")
+    run = tmp_path / "run"
+    base = ["ppo", "--sft-model-path", tmp_path / "start", "--prompts", pairs, "--output-dir", run]
+    base += ["--response-length", "4", "--per-device-train-batch-size", "2", "--save-steps", "1"]
+    for flags in (["--max-steps", "1"], ["--max-steps", "2", "--resume"]):
+        assert cli.main([str(a) for a in (*base, *flags)]) == 0
+    first, second = (json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines())
+    page = (run / "README.md").read_text()
+    name = "objective/response_length"
+    assert f"| {name} | {first[name]:.4f} | {second[name]:.4f} |" in page
+    assert ", 2 steps of 2 responses.\n" in page
+    capsys.readouterr()
+    assert cli.main([str(a) for a in (*base, "--max-steps", "2", "--resume")]) == 0
+    assert "All steps were done before: a larger --max-steps goes on" in capsys.readouterr().out
+    assert (run / "README.md").read_text() == page
+    assert "| at the last step | |" in (run / "actor" / "README.md").read_text()
+
+
 def test_overlong_prompts_for_ppo(tmp_path, model, capsys, caplog):
     """A context of 32 less 8 for the response; the tokenizer adds nothing to a prompt."""
     lines = [json.dumps({"prompt": text}) for text in ("The rain. " * 40, "The rain.")]
