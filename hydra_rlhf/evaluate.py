@@ -22,6 +22,7 @@ from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.data import Prompt
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pretrained import base_of
 from hydra_rlhf.records import table
 from hydra_rlhf.rewards import call_reward_fn
 from hydra_rlhf.rollout import Sampling
@@ -399,7 +400,7 @@ def load_policy(
         return model.eval(), load_tokenizer(path)
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
-        base = base or config.base_model_name_or_path
+        base = base or base_of(path, config.base_model_name_or_path)
         if base is None:
             raise UserError(f"the adapter {path} does not name its base model; give --base")
         plain = HydraModel.from_pretrained(base, device=device)

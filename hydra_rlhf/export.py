@@ -18,7 +18,7 @@ from torch import nn
 
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
-from hydra_rlhf.pretrained import TRL_HEAD, trl_value_head
+from hydra_rlhf.pretrained import TRL_HEAD, base_of, trl_value_head
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
@@ -43,7 +43,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
         config = peft.PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {adapter}/adapter_config.json: {first_line(e)}") from e
-    base = base or config.base_model_name_or_path
+    base = base or base_of(adapter, config.base_model_name_or_path)
     if not base:
         raise UserError(f"{adapter} does not say which model it is for; give --base")
     lm = load_causal_lm(base)

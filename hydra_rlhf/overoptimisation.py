@@ -26,6 +26,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.evaluate import Answers, ScoreFn, ScoreJudge
 from hydra_rlhf.methods import is_classifier
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pretrained import base_of
 from hydra_rlhf.records import read_metrics, table
 from hydra_rlhf.rewards import ClassifierReward, call_reward_fn, load_reward_fn
 from hydra_rlhf.rollout import Sampling
@@ -117,7 +118,7 @@ def open_run(run_dir: str | Path, *, base: str | None = None, device: Any = None
     run_dir = Path(run_dir)
     settings = _settings(run_dir)
     adapters = _adapters(run_dir, settings["method"])
-    start_path = base or settings["sft_model_path"]
+    start_path = str(base or base_of(run_dir, settings["sft_model_path"]))
     start, tokenizer = evaluate.load_policy(start_path, device=device)
     reward_model, reward_fn = _learned(settings, start, device)
     return PPORun(start, start_path, tokenizer, adapters, reward_model, reward_fn)

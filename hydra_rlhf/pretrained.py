@@ -171,3 +171,17 @@ def save_head(head: nn.Linear, file: Path) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts that other processes hold, who have to ask for it too."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def base_of(adapter: str | Path, named: str | None) -> str | None:
+    """Where the base is that an adapter names.
+
+    A relative folder is that of the command which trained it. Where it is not there from here, it
+    is looked for from the folders above the adapter.
+    """
+    if not named or Path(named).exists() or Path(named).is_absolute():
+        return named
+    for above in Path(adapter).resolve().parents:
+        if (above / named / "config.json").is_file():
+            return str(above / named)
+    return named

@@ -202,6 +202,7 @@ def readme(
         figures: Of every step of the run, those before it went on too.
     """
     rows = []
+    responses = config.local_batch_size * PartialState().num_processes
     seconds = f", {result.seconds:.0f} s" if result.first_step == 1 else ""
     if figures:
         first, last = figures[0], figures[-1]
@@ -219,7 +220,7 @@ def readme(
             f"# {METHOD_TITLES[config.method]} on `{given.prompts}`",
             "",
             f"From `{config.sft_model_path}`, {len(figures)} steps of "
-            f"{config.local_batch_size} responses{seconds}.",
+            f"{responses} responses{seconds}.",
             "",
             "| figure | first step | last step |",
             "|---|---|---|",

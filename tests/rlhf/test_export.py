@@ -11,6 +11,7 @@ from tokenizers import processors
 
 from hydra_rlhf import cli, pretrained
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.evaluate import load_policy
 from hydra_rlhf.export import export_classifier, import_value_head, merge_adapter
 from hydra_rlhf.methods import build_method
 from hydra_rlhf.model import HydraModel, position_ids
@@ -36,6 +37,30 @@ def test_merged_model_is_the_actor(family, tmp_path):
     assert (expected - base).abs().max() > 1e-2
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert tokenizer.encode("w3 w4") == [3, 4]
+
+
+def test_a_base_is_found_from_another_folder(tmp_path, monkeypatch):
+    """An adapter trained by a command with relative paths, merged by one given elsewhere."""
+    family = FAMILIES[0]
+    make_lm(family).save_pretrained(tmp_path / "work" / "runs" / "sft")
+    make_tokenizer().save_pretrained(tmp_path / "work" / "runs" / "sft")
+    model = make_model(family, trained=True)
+    model.save_adapters(tmp_path / "work" / "runs" / "ppo", base_model="runs/sft")
+    adapter = tmp_path / "work" / "runs" / "ppo" / "actor"
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.base_of("work/runs/ppo/actor", "runs/sft") == str(
+        tmp_path / "work" / "runs" / "sft"
+    )
+    for named in ("runs/other", "owner/name", str(tmp_path / "no"), None):
+        assert pretrained.base_of(adapter, named) == named
+    monkeypatch.chdir(tmp_path / "work")
+    assert pretrained.base_of("runs/ppo/actor", "runs/sft") == "runs/sft"
+    monkeypatch.chdir(tmp_path / "work" / "runs" / "ppo")
+    merge_adapter("actor", tmp_path / "merged")
+    policy, _ = load_policy("actor")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, weight in policy.causal_lm.state_dict().items():
+        assert torch.equal(weight, merged.state_dict()[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
