@@ -4,6 +4,7 @@ A module with property tests imports there, its other tests run, and the propert
 with the reason. On any machine with hypothesis nothing here is used.
 """
 
+import importlib.machinery
 import inspect
 import sys
 import types
@@ -56,6 +57,8 @@ def _attribute(name):
 def install() -> None:
     hypothesis = types.ModuleType("hypothesis")
     strategies = types.ModuleType("hypothesis.strategies")
+    for module in (hypothesis, strategies):  # torch.compile asks find_spec for it by name
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
     hypothesis.given, hypothesis.settings, hypothesis.example = given, settings, settings
     hypothesis.strategies = strategies
     for module in (hypothesis, strategies):

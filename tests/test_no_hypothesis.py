@@ -6,6 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILE = """
+import importlib.util
+
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
@@ -26,7 +28,7 @@ def test_positional(tmp_path, a, b):
     raise AssertionError("cannot run")
 
 def test_plain():
-    pass
+    assert importlib.util.find_spec("hypothesis").name == "hypothesis"
 """
 
 
