@@ -22,10 +22,11 @@ sm_100. Each kernel is named by one, which has a function
         archs: the architectures it is for, default (80, 90, 100).
         expects: features that its machine code must have, see FEATURES.
 
-The variants are those that run: each tuned configuration, each dtype that takes another path. A
-kernel in CUDA names its features in a comment of its source, `// SASS expects: <kernel>: <feature>,
-<feature>`, or `// SASS expects: <kernel><template arguments>: ...` for those instantiations of it
-that the pattern fits, `*` standing for anything.
+The variants are those that run: each tuned configuration, each dtype that takes another path; and,
+of each kernel once, that in which every integer is 1, since a launch compiles those in as constants
+(a Python int, which has no .to). A kernel in CUDA names its features in a comment of its source,
+`// SASS expects: <kernel>: <feature>, <feature>`, or `// SASS expects: <kernel><template
+arguments>: ...` for those instantiations of it that the pattern fits, `*` standing for anything.
 
 A failure to compile, a register spill, more shared memory than the architecture has, or a missing
 feature is an error, and the exit status is 1. "warps" is the share of a multiprocessor's warps that
@@ -70,6 +71,7 @@ FEATURES = {
     # mma.sync; Hopper's wgmma; Blackwell's tcgen05
     "tensor_cores": re.compile(r"\b(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"),
 }
+ONES = "sizes of 1"
 LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
 
 
@@ -288,6 +290,7 @@ class Job:
     module: str
     index: int
     arch: int
+    ones: bool = False  # every integer argument is 1
 
 
 def triton_modules() -> list[ModuleType]:
@@ -308,14 +311,17 @@ def own_kernels(module: ModuleType) -> list:
 
 def triton_jobs(archs: tuple[int, ...], match: str) -> tuple[list[Job], list[Row]]:
     jobs, problems = [], []
-    modules, named = triton_modules(), set()
+    modules, named, as_ones = triton_modules(), set(), set()
     for module in modules:
         signatures = module.aot_signatures() if hasattr(module, "aot_signatures") else ()
         for index, (kernel, _, _, options) in enumerate(signatures):
+            wanted = [arch for arch in archs if arch in options.get("archs", TRITON_ARCHS)]
+            if kernel.fn not in as_ones and wanted and match in f"{kernel.fn.__name__} {ONES}":
+                jobs.append(Job(module.__name__, index, wanted[-1], ones=True))
+                as_ones.add(kernel.fn)
             named.add(kernel.fn)
             if match in f"{kernel.fn.__name__} {options.get('label', '')}":
-                wanted = options.get("archs", TRITON_ARCHS)
-                jobs += [Job(module.__name__, index, arch) for arch in archs if arch in wanted]
+                jobs += [Job(module.__name__, index, arch) for arch in wanted]
     for kernel in (k for module in modules for k in own_kernels(module)):
         if kernel not in named:
             errors = ["not in an aot_signatures()"]
@@ -330,6 +336,11 @@ def compile_triton(job: Job) -> Row:
     label = options.pop("label", "")
     expects = tuple(options.pop("expects", ()))
     options.pop("archs", None)
+    if job.ones:
+        ints = [name for name, kind in signature.items() if kind and kind[:3] in ("i32", "i64")]
+        signature = {name: kind for name, kind in signature.items() if name not in ints}
+        constexprs = {**constexprs, **dict.fromkeys(ints, 1)}
+        label, expects = ONES, ()
     row = Row("triton", kernel.fn.__name__, label, str(job.arch))
     if unknown := set(expects) - set(FEATURES):
         row.errors.append(f"no such feature {unknown}, known: {list(FEATURES)}")
@@ -338,7 +349,7 @@ def compile_triton(job: Job) -> Row:
         cubin, shared, num_warps = build_triton(kernel, signature, constexprs, options, job.arch)
     except Exception as error:
         (OUT / "errors").mkdir(parents=True, exist_ok=True)
-        log = OUT / "errors" / f"{row.kernel}-{job.index}-sm{job.arch}.txt"
+        log = OUT / "errors" / f"{row.kernel}-{job.index}{'-ones' * job.ones}-sm{job.arch}.txt"
         log.write_text(traceback.format_exc())
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         row.errors.append(f"does not compile: {last[:120]} (see {log.relative_to(ROOT)})")

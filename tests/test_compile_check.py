@@ -132,6 +132,11 @@ def hold_much_fwd_kernel(x, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def widen_fwd_kernel(x, size):
+    tl.store(x, (size.to(tl.int64) * size).to(tl.float32))
+
+
+@triton.jit
 def forgotten_fwd_kernel(x):
     tl.store(x, 0.0)
 
@@ -144,6 +149,7 @@ def aot_signatures():
     narrow = {"x": "*fp32", "out": "*fp32", "size": "i32"}
     yield add_one_fwd_kernel, narrow, block, {"label": "narrow", **expects}
     yield add_one_fwd_kernel, x, block, {"label": "incomplete"}
+    yield widen_fwd_kernel, {"x": "*fp32", "size": "i32"}, {}, {"label": "of many"}
     yield hold_much_fwd_kernel, x, {"BLOCK": 4096}, {"label": "spills", "maxnreg": 32}
 """
 
@@ -171,4 +177,7 @@ for row in rows + [compile_check.compile_triton(job) for job in jobs]:
     assert errors["add_one_fwd_kernel good"] == ""
     assert errors["add_one_fwd_kernel narrow"] == "no wide loads"
     assert "neither signature nor constexprs has size" in errors["add_one_fwd_kernel incomplete"]
+    assert errors["widen_fwd_kernel of many"] == ""
+    assert "does not compile" in errors["widen_fwd_kernel sizes of 1"]  # an int has no .to
+    assert errors["add_one_fwd_kernel sizes of 1"] == ""
     assert errors["hold_much_fwd_kernel spills"].startswith("spills ")

@@ -365,7 +365,7 @@ def lora_linear_reduce_kernel(
 ):
     """Sums the parts in their order; gated, times each rank's scale where its adapter is on."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = num_rows.to(tl.int64) * num_ranks
+    size = tl.cast(num_rows, tl.int64) * num_ranks  # a single row is a constant to the compiler
     inside = offs < size
     row = offs // num_ranks
     rank = offs % num_ranks
