@@ -154,8 +154,8 @@ def runnable(op: str, *tensors: Tensor | None) -> tuple[str, ...]:
 def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend that runs ``op`` on ``tensors``.
 
-    Under a transform of torch.func (grad, vmap, jvp), and of tensors of a class that stands before
-    torch's dispatcher (DTensor, quantised ones), it is the reference.
+    Under a transform of torch.func (grad, vmap, jvp) or torch.jit.trace, and of tensors of a class
+    that stands before torch's dispatcher (DTensor, quantised ones), it is the reference.
 
     Raises:
         NotImplementedError: ``backend``, or the one named by ``HYDRA_BACKEND``, cannot run the
@@ -165,6 +165,8 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return _only_reference(op, backend, "under a transform", _TRANSFORMS)
+        if torch._C._get_tracing_state() is not None:
+            return _only_reference(op, backend, "under torch.jit.trace", _TRACE)
         for t in tensors:
             if t is not None and type(t) not in PLAIN and not _has_an_address(t):
                 reason = f"kernels take no {type(t).__qualname__}"
@@ -188,6 +190,7 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
 
 
 _TRANSFORMS = "torch.func's transforms (grad, vmap, jvp) need PyTorch's own operations"
+_TRACE = "torch.jit.trace records PyTorch's own operations, and would take others for constants"
 #: Classes of tensors that are no more than memory.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 

@@ -254,6 +254,7 @@ def _select(
         or type(x) not in registry.PLAIN
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     ):
         return registry.select(op, backend, x, adapter_ids, seed, *tensors)
     found: list = [

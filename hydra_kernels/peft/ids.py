@@ -222,7 +222,8 @@ def _scalar(known: IdsOfModel, ids: int) -> Tensor:
     device = known.device
     found = known.scalars.get((ids, device))
     if found is None:
-        found = known.scalars[ids, device] = torch.tensor(ids, device=device)
+        with torch.inference_mode(False):  # kept for later calls, of which some may train
+            found = known.scalars[ids, device] = torch.tensor(ids, device=device)
     return found
 
 

@@ -573,3 +573,20 @@ def test_new_ids_do_not_recompile():
     for ids in ([1, 1, 1], [-1, -1, -1], [-1, 0, 1]):
         check(torch.tensor(ids))
     assert len(graphs) == 2
+
+
+def test_ids_first_used_in_inference_mode_train():
+    """An int's tensor is kept for the next time, when autograd may have to save it."""
+    model = make_fused()
+    tokens = make_tokens()
+    with torch.inference_mode(), adapter_ids(model, 1):
+        model(tokens)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager")
+    with adapter_ids(model, 1):
+        compiled(tokens).logits.square().mean().backward()
+    found = adapter_gradients(model)
+    with adapter_ids(model, 1):
+        model.zero_grad()
+        model(tokens).logits.square().mean().backward()
+    assert_same_gradients(found, adapter_gradients(model))
