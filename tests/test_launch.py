@@ -1,11 +1,14 @@
 """What every launch on a GPU takes, on a machine that need not have one: CUDA is faked."""
 
 import contextlib
+import functools
+import os
 
 import pytest
 import torch
 
-from hydra_kernels.backends import launch
+from hydra_kernels.backends import launch, lora_plan
+from hydra_kernels.backends.cuda import device as cuda_device
 
 
 class On:
@@ -70,3 +73,76 @@ def test_a_captured_graph_has_tickets_of_its_own(cuda):
 def test_on_a_cpu_every_ticket_is_new():
     device = torch.device("cpu")
     assert launch.ticket(device) is not launch.ticket(device)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "not_on"),
+    [
+        # machine code of its own generation, PTX for all that come later
+        ("80,90a", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 0), (7, 5)]),
+        ("90a", [(9, 0)], [(8, 0), (8, 9), (10, 0)]),  # of exactly one, without PTX
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0), (7, 5)]),
+    ],
+)
+def test_gpus_that_a_build_covers(archs, runs, not_on):
+    assert all(cuda_device.covers(archs, *capability) for capability in runs)
+    assert not any(cuda_device.covers(archs, *capability) for capability in not_on)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 6), False)])
+def test_a_gpu_that_is_too_old_is_a_reason(capability, refused, monkeypatch):
+    """Not an error of the first launch: unasked, the reference runs instead."""
+    runtime = pytest.importorskip("hydra_kernels.backends.triton.runtime")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(cuda_device.extension.build_info, "cuda_archs", "80,90a")
+    for cache in (cuda_device._too_different, runtime._too_old):
+        cache.cache_clear()
+    tensors = (None, On(0), On(0))
+    try:
+        found = cuda_device.wrong_device(*tensors), runtime.wrong_device(*tensors)
+    finally:
+        for cache in (cuda_device._too_different, runtime._too_old):
+            cache.cache_clear()
+    assert [bool(reasons) for reasons in found] == [refused] * 2
+    if refused:
+        assert "was built for sm_80, sm_90a, got a GPU of sm_75" in found[0][0]
+
+
+def test_a_captured_graph_keeps_what_the_plan_s_cache_forgets(cuda, monkeypatch):
+    """The owners and scales of a plan: a graph holds their address alone."""
+    made = []
+
+    def pair(*key):
+        made.append((torch.ones(1), torch.ones(1)))
+        return made[-1]
+
+    monkeypatch.setattr(lora_plan, "_columns", pair)
+    monkeypatch.setattr(lora_plan, "_captured", {})
+    key = lora_plan.Plan((1,), (0,), (2.0,), 1, 0.0), (8,), torch.float32
+    lora_plan.columns(*key, torch.device("cuda", 0))
+    lora_plan.columns(*key, torch.device("cpu"))
+    assert not lora_plan._captured
+    cuda["capturing"] = True
+    lora_plan.columns(*key, torch.device("cpu"))
+    assert not lora_plan._captured
+    lora_plan.columns(*key, torch.device("cuda", 0))
+    assert list(lora_plan._captured.values()) == [made[-1]]
+
+
+def test_what_a_gpu_is_asked_is_a_constant_to_compilers(monkeypatch):
+    """Its answer is cached, and made by what no compiler traces."""
+    runtime = pytest.importorskip("hydra_kernels.backends.triton.runtime")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
+    monkeypatch.setitem(cuda_device.extension.build_info, "cuda_archs", "80")
+    monkeypatch.setattr(runtime, "_too_old", functools.cache(lambda device: os.getpid() < 0))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        if runtime.too_old(x.device) or cuda_device.too_different(x.device):
+            return x
+        return x + 1
+
+    try:
+        assert torch.equal(chosen(torch.ones(2)), torch.full((2,), 2.0))
+    finally:
+        cuda_device._too_different.cache_clear()

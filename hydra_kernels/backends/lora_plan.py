@@ -30,11 +30,24 @@ class Plan(NamedTuple):
         return tensors[start : start + self.counts[projection]]
 
 
-@functools.lru_cache(maxsize=4096)
+_captured: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 def columns(
     plan: Plan, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(sum R,) each: the owner and the scale of every column of s."""
+    found = _columns(plan, ranks, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph reads them at each replay, and knows no more of them than where they are.
+        _captured[id(found)] = found
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _columns(
+    plan: Plan, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     owners = [o for o, rank in zip(plan.owners, ranks, strict=True) for _ in range(rank)]
     scales = [s for s, rank in zip(plan.scales, ranks, strict=True) for _ in range(rank)]
     return (

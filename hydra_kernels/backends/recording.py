@@ -6,6 +6,8 @@ Kernels that are called with addresses are invisible to torch's dispatcher; a re
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,15 @@ def watched() -> bool:
     memory, and the others would take a result for what its empty tensor was.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def constant_to_compilers(function: Function) -> Function:
+    """As torch.compiler.assume_constant_result, which imports all of torch._dynamo to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_fake(t: Tensor) -> bool:

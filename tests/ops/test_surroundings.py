@@ -20,8 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 import hydra_kernels
+from hydra_kernels.backends import lora_plan
 from hydra_kernels.backends.cpu import linear_logprob
-from hydra_kernels.backends.lora_plan import columns
 from tests.gpu.cases import CASES, places
 
 
@@ -69,7 +69,7 @@ def test_a_fake_call_tells_what_a_real_one_gives(name, backend, device):
     """Kernels never see a fake tensor, which has no memory, and keep none of them for later."""
     case = CASES[name](device)
     expected = case.run(backend)
-    columns.cache_clear()
+    lora_plan._columns.cache_clear()
     with FakeTensorMode() as mode:
         # As a caller has them: each made under the mode.
         fake = {key: mode.from_tensor(t) for key, t in case.inputs.items()}

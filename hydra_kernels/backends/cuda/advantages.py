@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
+from hydra_kernels.backends.cuda.device import wrong_device
 from hydra_kernels.backends.cuda.gae import segments
 from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses
 
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
     return [
-        *registry.wrong_device("cuda", *tensors),
+        *wrong_device(*tensors),
         *registry.wrong_dtype((torch.float32,), *tensors),
     ]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.cuda.device import wrong_device
 from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 
 # 1024 rows by 8192 columns in float32: 32 MB of the 50 MB L2 cache of an H100 or H200.
@@ -25,7 +26,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def unsupported(*tensors: Tensor | None) -> list[str]:
     return [
-        *registry.wrong_device("cuda", *tensors),
+        *wrong_device(*tensors),
         *registry.wrong_dtype(tuple(_DTYPES), *tensors),
     ]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.cuda.device import wrong_device
 from hydra_kernels.backends.lora_plan import Plan, columns, concatenated
 
 _MAX_ROWS = 32
@@ -20,7 +21,7 @@ def unsupported(
 ) -> list[str]:
     """``tensors`` are the weights and biases, and the adapters."""
     given = [t for t in tensors if t is not None]
-    reasons = registry.wrong_device("cuda", x, ids, *tensors)
+    reasons = wrong_device(x, ids, *tensors)
     if x.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != x.dtype for t in given):
         reasons.append("needs one of float16 and bfloat16, in all tensors")
     if x.numel() > _MAX_ROWS * x.shape[-1]:
@@ -32,7 +33,7 @@ def unsupported(
     matrices = [t for t in given if t.dim() == 2]
     inputs = x.shape[-1]
     # torch allocates at multiples of 512 bytes, and torch.compile knows offsets but no addresses
-    if inputs % 8 != 0 or any(t.storage_offset() % 8 != 0 for t in (x, *matrices)):
+    if inputs == 0 or inputs % 8 != 0 or any(t.storage_offset() % 8 != 0 for t in (x, *matrices)):
         reasons.append("needs rows of whole 16 bytes")
     # Weights have all inputs as columns, and so have lora_a; the lora_b come last.
     weight = matrices[0]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hydra_kernels.backends.recording import constant_to_compilers
+
 #: Kernels are interpreted, on the CPU. Triton reads the variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -20,12 +22,28 @@ def missing() -> list[str]:
     return []
 
 
+@constant_to_compilers
+def too_old(device: torch.device) -> bool:
+    """Whether Triton does not support a GPU: one of NVIDIA's before Ampere."""
+    return _too_old(device)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
+
+
 def wrong_device(*tensors: Tensor | None) -> list[str]:
     """A reason when a tensor is where no Triton kernel can reach it."""
     found = {t.device.type for t in tensors if t is not None}
     if len(found) > 1:
         return [f"needs tensors on one device, got {', '.join(sorted(found))}"]
-    if found <= {"cuda"} or (INTERPRETED and found <= {"cpu"}):
+    if found <= {"cuda"}:
+        for t in tensors:
+            if t is not None:
+                return ["needs compute capability 8.0 or newer"] if too_old(t.device) else []
+        return []
+    if INTERPRETED and found <= {"cpu"}:
         return []
     return [f"needs tensors on cuda, got {', '.join(sorted(found))}"]
 

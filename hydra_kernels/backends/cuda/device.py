@@ -1,0 +1,50 @@
+"""Which GPUs the extension's machine code runs on."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+from torch import Tensor
+
+from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.recording import constant_to_compilers
+
+
+def wrong_device(*tensors: Tensor | None) -> list[str]:
+    """A reason where a tensor is on no GPU, or on one that the extension was not built for."""
+    reasons = registry.wrong_device("cuda", *tensors)
+    for t in () if reasons else tensors:
+        # Asked of a GPU's tensors alone: to ask is to initialise CUDA, which forbids a fork.
+        if t is not None and t.device.type == "cuda":
+            reason = too_different(t.device)
+            return [reason] if reason else []
+    return reasons
+
+
+@constant_to_compilers
+def too_different(device: torch.device) -> str:
+    """Why machine code for other GPUs does not run on this one; empty where it does."""
+    return _too_different(device)
+
+
+@functools.cache
+def _too_different(device: torch.device) -> str:
+    archs = str(extension.build_info.get("cuda_archs", ""))
+    major, minor = torch.cuda.get_device_capability(device)
+    if covers(archs, major, minor):
+        return ""
+    built = ", ".join(f"sm_{arch}" for arch in archs.split(","))
+    return f"was built for {built}, got a GPU of sm_{major}{minor} (HYDRA_CUDA_ARCHS)"
+
+
+def covers(archs: str, major: int, minor: int) -> bool:
+    """Whether machine code for ``archs``, "80,90a" say, or the PTX of its newest, runs there."""
+    plain = [int(arch) for arch in archs.split(",") if re.fullmatch(r"[0-9]+", arch)]
+    capability = 10 * major + minor
+    return (
+        f"{capability}a" in archs.split(",")
+        or any(arch // 10 == major and arch <= capability for arch in plain)
+        or (bool(plain) and max(plain) <= capability)  # compiled by the driver
+    )
