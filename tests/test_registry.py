@@ -129,6 +129,24 @@ def test_available_backends():
         available_backends("softmax")
 
 
+def test_all_backends_are_shown_as_a_table():
+    """A reason that several ops share stands there once, whoever asks."""
+    no_gpu, rest = "torch sees no GPU", {"cuda": "built without CUDA"}
+    table = registry.AllBackends(
+        gae=registry.Backends(["cpu", "reference"], {**rest, "triton": no_gpu}),
+        ppo_loss=registry.Backends(["reference"], {**rest, "cpu": "not loaded", "triton": no_gpu}),
+    )
+    assert repr(table).splitlines() == [
+        "gae       cpu, reference",
+        "ppo_loss  reference",
+        "not cuda: built without CUDA",
+        "not triton: torch sees no GPU",
+        "not cpu for ppo_loss: not loaded",
+    ]
+    assert str(registry.AllBackends()) == ""
+    assert isinstance(available_backends(), dict)
+
+
 def test_every_listed_backend_runs():
     for backend in available_backends("ppo_loss"):
         if backend != "cuda":
@@ -150,6 +168,18 @@ def test_without_triton_the_reason_is_that():
     )
     assert out.returncode == 0, out.stderr
     assert "triton is not installed" in out.stdout
+
+
+def test_triton_is_imported_only_for_a_torch_that_may_have_a_gpu():
+    code = (
+        "import sys, torch, hydra_kernels\n"
+        "assert ('triton' in sys.modules) == (torch.version.cuda is not None), sys.modules.keys()\n"
+        "print(hydra_kernels.available_backends('gae').why_not.get('triton', 'GPU'))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr
+    assert "GPU" in out.stdout
 
 
 def test_under_a_transform_the_reference_runs(toy, caplog):

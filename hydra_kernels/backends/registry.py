@@ -64,6 +64,22 @@ class Backends(tuple[str, ...]):
         return f"<{', '.join(self)}{rest}>"
 
 
+class AllBackends(dict[str, Backends]):
+    """The :class:`Backends` of every op, by name; shown as a table, with each reason once."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = [f"{op:{width}}  {', '.join(found)}" for op, found in self.items()]
+        ops: dict[tuple[str, str], list[str]] = {}
+        for op, found in self.items():
+            for item in found.why_not.items():
+                ops.setdefault(item, []).append(op)
+        for (backend, why), of in ops.items():
+            only = "" if len(of) == len(self) else f" for {', '.join(of)}"
+            lines.append(f"not {backend}{only}: {why}")
+        return "\n".join(lines)
+
+
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 _ORDER: dict[str, tuple[str, ...]] = {}
 _UNAVAILABLE: dict[str, str] = {}
@@ -110,10 +126,10 @@ def available_backends(op: str) -> Backends: ...
 
 
 @overload
-def available_backends(op: None = None) -> dict[str, Backends]: ...
+def available_backends(op: None = None) -> AllBackends: ...
 
 
-def available_backends(op: str | None = None) -> Backends | dict[str, Backends]:
+def available_backends(op: str | None = None) -> Backends | AllBackends:
     """The backends that this install can run for ``op``, and why not the rest.
 
     Args:
@@ -121,14 +137,14 @@ def available_backends(op: str | None = None) -> Backends | dict[str, Backends]:
 
     Returns:
         A tuple of names, in the order in which they are tried, whose ``why_not`` maps each of the
-        others to its reason; for ``op=None`` a dict of those by op. A backend listed may still
-        refuse particular tensors (a dtype, another device), and then says why.
+        others to its reason; for ``op=None`` a dict of those by op, printed as a table. A backend
+        listed may still refuse particular tensors (a dtype, another device), and then says why.
 
     Raises:
         ValueError: there is no such op.
     """
     if op is None:
-        return {name: _available(name) for name in sorted(_KERNELS)}
+        return AllBackends((name, _available(name)) for name in sorted(_KERNELS))
     if op not in _KERNELS:
         raise ValueError(f"no such op {op!r} (known: {', '.join(sorted(_KERNELS))})")
     return _available(op)

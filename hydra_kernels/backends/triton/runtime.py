@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hydra_kernels.backends.recording import constant_to_compilers
+
+if TYPE_CHECKING:  # what is here is asked where there is no Triton too
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Kernels are interpreted, on the CPU. Triton reads the variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -67,4 +70,6 @@ def _describable(matrix: Tensor) -> bool:
 
 def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     """What a kernel reads blocks of the matrix by; made on the host, a graph keeps it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
