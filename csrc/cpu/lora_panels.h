@@ -265,6 +265,12 @@ HYDRA_INLINE void expand_rows(const ExpandTask<T>& t) {
         if constexpr (sizeof(T) == sizeof(float)) {
           if (alike && width == kBlock && t.bits == nullptr) {
             float* to = t.rows[row] + col;
+            // The next block's lines, which a store would wait for where the cache has lost them.
+            for (int i = 0; i < MR; ++i) {
+              for (int c = 0; c < kBlock; c += kAhead) {
+                __builtin_prefetch(to + i * ldy + kBlock + c, 1);
+              }
+            }
             expand_tile<W, MR, NV>(packed, factor, t.ranks, base, t.base_stride, to, ldy);
             continue;
           }

@@ -91,7 +91,7 @@ def fwd(
         y = x.new_empty((x.shape[0], n))
         ys.append(y)
         projections += (n, y.data_ptr(), n, 0 if bias is None else bias.data_ptr())
-        if bias is not None and n > 1 and bias.stride(0) != 1:
+        if bias is not None and n > 1 and bias.stride()[0] != 1:
             return fwd(x, weights, [_contiguous(t) for t in biases], a, b, plan, ids, seed)
     arguments = _arguments(x, a, b, (), (), projections, plan, ids, seed)
     if not extension.module.lora_linear_fwd_cpu(*arguments):  # type: ignore[union-attr]
@@ -190,14 +190,14 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
 
 def _merges(x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], plan: Plan) -> bool:
     """Whether passing over W twice is less than over x and y: measured, and by their sizes."""
-    if plan.dropout > 0.0 or not _all_float32(x, a):
+    if plan.dropout > 0.0:
         return False
     m, k = x.shape
     for w in weights:
         n = w.shape[0]
-        if m * (k + n) < 4 * k * n or k * n > _SCRATCH or w.stride(1) != 1:
+        if m * (k + n) < 4 * k * n or k * n > _SCRATCH or w.stride()[1] != 1:
             return False
-    return True
+    return _all_float32(x, a)
 
 
 def _scratch(n: int, k: int) -> Tensor:
@@ -249,7 +249,7 @@ def _merged(
 
 def _rows(t: Tensor) -> Tensor:
     """With its columns next to each other."""
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride()[1] == 1 else t.contiguous()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -272,23 +272,30 @@ def _factors(
 ) -> list[int]:
     """The fields of csrc/cpu/lora_layout.h's Adapter, but for the scale, one after the other."""
     factors: list[int] = []
-    j = 0
+    j = da = db = 0
     for p, count in enumerate(counts):
         for _ in range(count):
             each_a, each_b = a[j], b[j]
-            factors += (each_a.data_ptr(), each_b.data_ptr())
-            factors += each_a.stride()
-            factors += each_b.stride()
-            factors += (each_a.shape[0], owners[j], p)
             if das:
-                da, db = das[j], dbs[j]
-                factors.append(0 if da is None else da.data_ptr())
-                factors.append(0 if db is None else db.data_ptr())
-            else:
-                factors += (0, 0)
-            factors.append(_DTYPES[each_a.dtype])
+                da, db = _address(das[j]), _address(dbs[j])
+            factors += (
+                each_a.data_ptr(),
+                each_b.data_ptr(),
+                *each_a.stride(),
+                *each_b.stride(),
+                each_a.shape[0],
+                owners[j],
+                p,
+                da,
+                db,
+                _DTYPES[each_a.dtype],
+            )
             j += 1
     return factors
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _arguments(
@@ -311,7 +318,7 @@ def _arguments(
         x.data_ptr(),
         _DTYPES[x.dtype],
         *x.shape,
-        x.stride(0),
+        x.stride()[0],
         _factors(a, b, das, dbs, plan.counts, plan.owners),
         scales,
         projections,
