@@ -182,13 +182,9 @@ def _appended(
     pointers = dict.fromkeys(("x", "w", "bias", "s", "f", "y"), f"*{name}:16")
     sizes = dict.fromkeys(("num_rows", "num_cols", "num_inner", "num_ranks"), "i32:16")
     strides = dict.fromkeys(("stride_wc", "stride_s", "stride_fc"), "i32:16")
-    others = {
-        "ids": "*i64:16",
-        "owner": "*i64:16",
-        "spans": None,
-        "num_ids": "i32",
-        "rows_per_id": "i32",
-    }
+    others: dict[str, Any] = {"ids": "*i64:16", "owner": "*i64:16"}
+    others |= dict.fromkeys(("num_ids", "rows_per_id"), "i32")
+    others["spans"] = "*i32:16" if rank > 16 else None  # each way once
     for config in append(rank, dtype, True):
         if config["APPEND"]:
             launched = {name: size for name, size in config.items() if name not in _SWITCHES}
