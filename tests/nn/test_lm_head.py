@@ -1,6 +1,7 @@
 """LMHead: what transformers' models do behind their trunk, to the bit."""
 
 import copy
+import types
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 
 from hydra_kernels.nn import LMHead
+from hydra_kernels.nn.lm_head import _behind_the_head
 
 SMALL = dict(vocab_size=83, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 LLAMA = dict(**SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
@@ -90,6 +92,19 @@ def test_softcap_behind_a_scale():
     torch.testing.assert_close(head.logprob(hidden, targets, temperature=0.8).logprobs, exact)
 
 
+def test_logprob_casts_to_the_heads_dtype_and_hands_on_its_settings():
+    head = LMHead(torch.nn.Parameter(torch.randn(11, 4)))
+    hidden, ref_hidden = torch.randn(2, 5, 4).bfloat16()
+    targets = torch.tensor([3, 1, 10, 0, 7])
+    expected = head.logprob(hidden.float(), targets, ref_hidden=ref_hidden.float())
+    out = head.logprob(hidden, targets, ref_hidden=ref_hidden)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    ignored = head.logprob(hidden, targets, ignore_index=10).logprobs
+    assert (ignored == 0).tolist() == (targets == 10).tolist()
+    with pytest.raises(NotImplementedError, match="no such backend"):
+        head.logprob(hidden, targets, backend="tpu")
+
+
 def test_training_through_a_tied_head_reaches_the_embedding():
     model = make("llama-tied")
     head = LMHead.from_model(model)
@@ -108,6 +123,43 @@ def test_sees_through_wrappers():
     wrapped = lora(model, target_modules=["q_proj"])
     assert LMHead.from_model(wrapped).weight is weight
     assert LMHead.from_model(torch.compile(wrapped)).weight is weight
+
+
+def test_sees_through_a_distributed_wrapper():
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel, which needs a process group
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = make("llama")
+    weight = model.get_output_embeddings().weight
+    assert LMHead.from_model(Wrapper(torch.compile(model))).weight is weight
+
+
+def test_a_model_without_memory_is_not_run():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    assert LMHead.from_model(model).weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (dict(final_logit_softcapping=30.0), (30.0, 1.0, 1.0)),
+        (dict(logits_soft_cap=20.0, lm_head_multiplier=0.5), (20.0, 0.5, 1.0)),  # xLSTM, Falcon-H1
+        (dict(output_logit_soft_cap=15.0, output_multiplier=2.0), (15.0, 2.0, 1.0)),
+        (dict(logit_scale=4.0, logits_scaling=8.0), (None, 4.0, 8.0)),
+        (dict(model_type="hyperclovax", logits_scaling=8.0), (None, 8.0, 1.0)),
+        (dict(final_logit_softcapping=None, logits_scaling=None), (None, 1.0, 1.0)),
+    ],
+    ids=lambda p: "-".join(p) if isinstance(p, dict) else "",
+)
+def test_names_in_configurations(names, expected):
+    """Also where they are the language model's part of a larger configuration."""
+    text = types.SimpleNamespace(**names)
+    whole = types.SimpleNamespace(get_text_config=lambda: text)
+    for config in (text, whole):
+        assert tuple(_behind_the_head(config).values()) == expected
 
 
 def test_refuses_an_adapted_head_unless_merged():
@@ -141,25 +193,50 @@ def test_refuses_a_quantised_head():
 
 
 class Surprising(transformers.LlamaForCausalLM):
-    """An architecture that caps its logits and says so nowhere."""
+    """An architecture that caps or scales its logits and says so nowhere."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        out.logits = 30.0 * torch.tanh(out.logits / 30.0)
+        out.logits = self.surprise(out.logits)
         return out
 
 
-def test_refuses_logits_that_are_not_the_heads():
+@pytest.mark.parametrize("surprise", [lambda z: 30.0 * torch.tanh(z / 30.0), lambda z: 0.9 * z])
+def test_refuses_logits_that_are_not_the_heads(surprise):
     model = Surprising(copy.deepcopy(CONFIGS["llama"]))
+    model.surprise = surprise
     with pytest.raises(ValueError, match="Surprising does something to its logits"):
         LMHead.from_model(model)
     assert LMHead.from_model(model, verify=False).softcap is None
 
 
+class Twice(transformers.LlamaForCausalLM):
+    """An architecture that asks its head again, for tokens further ahead say."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        self.lm_head(torch.zeros(1, 32))
+        return out
+
+
+def test_refuses_a_head_that_is_used_twice():
+    with pytest.raises(ValueError, match="Twice uses its head 2 times"):
+        LMHead.from_model(Twice(copy.deepcopy(CONFIGS["llama"])))
+
+
+def test_says_what_it_is():
+    weight, bias = (torch.nn.Parameter(torch.zeros(size)) for size in ((11, 4), 11))
+    assert repr(LMHead(weight)) == "LMHead(D=4, V=11, bias=False, scale=1.0)"
+    shown = "LMHead(D=4, V=11, bias=True, scale=0.5, softcap=30.0)"
+    assert repr(LMHead(weight, bias, softcap=30.0, divisor=2.0)) == shown
+
+
 def test_verifying_leaves_no_trace():
     model = make("gpt2").train()
+    model.transformer.drop.eval()
+    modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
     LMHead.from_model(model)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert not model.get_output_embeddings()._forward_pre_hooks
