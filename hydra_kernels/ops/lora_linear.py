@@ -307,8 +307,8 @@ def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
         return (scaling,) * n
     if isinstance(scaling, Tensor):
         scaling = scaling.detach()
-        return (scaling,) * n if scaling.dim() == 0 else tuple(scaling)
-    if isinstance(scaling, Sequence):
+        scales = tuple(scaling) if scaling.dim() > 0 else (scaling,) * n
+    elif isinstance(scaling, Sequence):
         scales = tuple(scaling)
     else:
         scales = (scaling,) * n

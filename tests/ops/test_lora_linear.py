@@ -187,6 +187,7 @@ def test_float64_with_dropout_is_not_left_to_kernels_of_float32():
     weight, bias, lora_a, lora_b, _ = make_layer(5, 8, (2,), torch.float64)
     x = torch.randn(3, 8, dtype=torch.float64)
     inputs = (x, weight, lora_a, lora_b, 0.5)
+    lora_linear(*inputs, bias=bias)  # what is chosen without dropout is no answer for this one
     y, expected = (
         lora_linear(*inputs, bias=bias, dropout=0.4, seed=3, backend=name)
         for name in (None, "reference")
@@ -298,6 +299,76 @@ def test_transforms_agree_with_a_loop():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ids", [None, [1, 0, -1, 1]], ids=["no ids", "ids"])
+def test_scaling_in_tensors(backend, ids):
+    """One for all, one for each, and beside numbers; constants, whatever they ask for."""
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, _ = make_layer(11, 7, (2, 5), device=device)
+    x = torch.randn(4, 3, 7, device=device)
+    ids = None if ids is None else torch.tensor(ids, device=device)
+
+    def run(scaling):
+        leaves = [t.clone().requires_grad_() for t in (x, *lora_a, *lora_b)]
+        given = (leaves[0], weight, leaves[1:3], leaves[3:], scaling)
+        y = lora_linear(*given, adapter_ids=ids, bias=bias, backend=backend)
+        upstream = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+        grads = torch.autograd.grad(y, leaves, upstream, allow_unused=True)
+        return [y.detach(), *(g for g in grads if g is not None)]
+
+    two = torch.tensor([0.5, 0.75], device=device, dtype=torch.float64, requires_grad=True)
+    one = torch.tensor(0.5, device=device, requires_grad=True)
+    for tensors, numbers in ((one, 0.5), (two, [0.5, 0.75]), ([0.5, two[1]], [0.5, 0.75])):
+        for a, b in zip(run(tensors), run(numbers), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    y = lora_linear(x, weight, lora_a, lora_b, two, adapter_ids=ids, backend=backend)
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "triton"])
+def test_autocast(backend):
+    """All of it in autocast's dtype; gradients come back in the parameters'."""
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, _ = make_layer(11, 8, (2,), device=device)
+    given = [torch.randn(20, 8, device=device), weight, *lora_a, *lora_b, bias]
+
+    def run(tensors, autocast):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            y = lora_linear(*leaves[:4], 0.5, bias=leaves[4], backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    half = run([t.bfloat16() for t in given], False)
+    y, *grads = run(given, True)
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
+    if backend != registry.REFERENCE:  # whose F.linear casts step by step
+        for a, b in zip((y, *grads), half, strict=True):
+            assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.parametrize("backend", training_backends(OP))
+def test_a_backward_within_autocast_is_that_of_its_forward(backend):
+    device = device_of(backend)
+    weight, bias, lora_a, lora_b, _ = make_layer(11, 8, (2,), device=device)
+    leaves = [t.requires_grad_() for t in (weight, *lora_a, *lora_b, bias)]
+    x = torch.randn(20, 8, device=device, requires_grad=True)
+    y = lora_linear(x, *leaves[:3], 0.5, bias=leaves[3], backend=backend)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(y, [x, *leaves], upstream, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(y, [x, *leaves], upstream)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_environment_is_asked_at_every_call(monkeypatch):
+    weight, bias, lora_a, lora_b, scaling = make_layer(5, 8, (2,))
+    inputs = (torch.randn(3, 8), weight, lora_a, lora_b, scaling)
+    lora_linear(*inputs)
+    monkeypatch.setenv("HYDRA_BACKEND", "tpu")
+    with pytest.raises(NotImplementedError, match="no such backend"):
+        lora_linear(*inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_projection_that_nothing_reads_gets_no_gradient(backend):
     device = device_of(backend)
     layers = [make_layer(n, 7, (2, 3), device=device) for n in (11, 5)]
@@ -316,6 +387,7 @@ def test_refusals():
     weight, bias, lora_a, lora_b, scaling = make_layer(5, 8, (2, 3))
     x = torch.randn(4, 3, 8)
     good = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
+    lora_linear(**good, bias=bias)  # the shapes that fit are remembered, and no others
     for bad, message in [
         ({"x": x[..., :7]}, "x must be"),
         ({"weight": weight[0]}, "weight"),
@@ -326,16 +398,32 @@ def test_refusals():
         ({"lora_b": lora_b[::-1]}, "lora_a must be"),
         ({"lora_a": [a.double() for a in lora_a]}, "its lora_b"),
         ({"bias": bias.double()}, "bias is torch.float64 and weight torch.float32"),
+        ({"lora_a": lora_a[:1], "lora_b": [lora_a[1], *lora_b], "scaling": 1.0}, "as many lora_b"),
         ({"scaling": [1.0]}, "one number or 2"),
+        ({"scaling": torch.ones(3)}, "one number or 2, got 3"),
         ({"dropout": 1.5}, "dropout must be"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"dropout": float("nan")}, "dropout must be"),
         ({"adapter_ids": torch.zeros(4)}, "integers"),
         ({"adapter_ids": [0, 1]}, "must be an integer tensor on cpu or None, got list"),
         ({"adapter_ids": torch.zeros(3, dtype=torch.long)}, "leading part"),
         ({"adapter_ids": torch.tensor(2)}, "between -1 and 1, got 2"),
         ({"adapter_ids": torch.tensor([0, 0, 0, -2])}, "between -1 and 1, got -2"),
+        ({"adapter_ids": torch.zeros(4, dtype=torch.long, device="meta")}, "must be on cpu"),
         ({"dropout": 0.1, "seed": torch.tensor([1.0])}, "seed must hold"),
+        ({"dropout": 0.1, "seed": torch.tensor([1, 2, 3])}, r"seed must hold .* got \(3,\)"),
+        ({"dropout": 0.1, "seed": torch.ones(2, device="meta").long()}, "seed .* on meta"),
     ]:
         with pytest.raises(ValueError, match=message):
             lora_linear(**{**good, **bad})
     with pytest.raises(NotImplementedError, match="no such backend"):
         lora_linear(**good, backend="tpu")
+    for name in (n for n in BACKENDS if device_of(n) == "cpu"):
+        for wrong in (2, -2):
+            with pytest.raises(ValueError, match=f"between -1 and 1, got {wrong}"):
+                lora_linear(**good, adapter_ids=torch.tensor([0, wrong, 1, -1]), backend=name)
+    half = {**good, "x": x.half()}
+    with torch.autocast("cpu", torch.bfloat16):
+        lora_linear(**half)
+    with pytest.raises(ValueError, match="x is torch.float16 and weight torch.float32"):
+        lora_linear(**half)

@@ -123,8 +123,8 @@ def test_one_gradient_alone(backend, wanted):
     def gradient(backend):
         given = {n: t.clone().requires_grad_(n == wanted) for n, t in tensors.items()}
         y = lora_linear(
-            given["x"], given["weight"], given["a"], given["b"], 0.7, bias=given["bias"],
-            backend=backend,
+            given["x"], given["weight"], given["a"], given["b"], 0.7,
+            bias=None if wanted == "weight" else given["bias"], backend=backend,
         )  # fmt: skip
         y.backward(upstream)
         assert all((t.grad is not None) == (n == wanted) for n, t in given.items())
@@ -182,11 +182,12 @@ def test_an_adapter_of_zeros_leaves_the_base_bit_for_bit(backend):
                 torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("backend", [n for n in KERNELS if n != "cpu"] + ["cpu", "reference"])
-def test_a_group_equals_its_layers(backend):
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_a_group_equals_its_layers(backend, with_ids):
     device = device_of(backend)
     x = torch.randn(2, 9, 20, device=device)
-    ids = torch.tensor([1, 0], device=device)
+    ids, dropout = (torch.tensor([1, 0], device=device), 0.0) if with_ids else (None, 0.3)
     sizes = [(6, (2, 3)), (10, (4, 1)), (3, (8, 8))]
     layers = [make_layer(n, 20, ranks, device=device) for n, ranks in sizes]
     upstream = [torch.randn(2, 9, n, device=device) for n, _ in sizes]
@@ -198,12 +199,14 @@ def test_a_group_equals_its_layers(backend):
             w, c, a0, a1, b0, b1 = flat[6 * i : 6 * i + 6]
             projections.append(Projection(w, (a0, a1), (b0, b1), layer[4], c))
         if group:
-            ys = lora_linear_group(x_leaf, projections, adapter_ids=ids, backend=backend)
+            ys = lora_linear_group(
+                x_leaf, projections, adapter_ids=ids, dropout=dropout, seed=7, backend=backend
+            )
         else:
             ys = [
                 lora_linear(
                     x_leaf, p.weight, p.lora_a, p.lora_b, p.scaling, adapter_ids=ids, bias=p.bias,
-                    backend="reference",
+                    dropout=dropout, seed=7, backend="reference",
                 )
                 for p in projections
             ]  # fmt: skip
@@ -227,6 +230,11 @@ def test_group_refusals():
         lora_linear_group(x, [Projection(w, a, b, s), Projection(w, a[:1], b[:1], s[:1])])
     with pytest.raises(ValueError, match="x must be"):
         lora_linear_group(x, [Projection(w[:, :3], a, b, s)])
+    for ids, message in ((torch.zeros(3), "integers"), (torch.tensor([0, 1]), "leading part")):
+        with pytest.raises(ValueError, match=f"adapter_ids must be .*{message}"):
+            lora_linear_group(x, [Projection(w, a, b, s)], adapter_ids=ids)
+    with pytest.raises(ValueError, match="between -1 and 1, got 2"):
+        lora_linear_group(x, [Projection(w, a, b, s)], adapter_ids=torch.tensor(2))
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
