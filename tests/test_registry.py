@@ -44,6 +44,7 @@ def test_unasked_the_first_that_can_run(toy):
     assert registry.select(toy, None, torch.zeros(1)) == "cpu"
     assert registry.select(toy, None, torch.zeros(1, dtype=torch.float64)) == "reference"
     assert registry.runnable(toy, torch.zeros(1)) == ("cpu", "reference")
+    assert registry.runnable(toy, torch.zeros(1, dtype=torch.float64)) == ("reference",)
 
 
 def test_order_of_an_op(toy):
@@ -97,6 +98,17 @@ def test_environment_chooses_for_the_whole_process(toy, monkeypatch):
         registry.select(toy, None, torch.zeros(1))
     monkeypatch.setenv("HYDRA_BACKEND", "")
     assert registry.select(toy, None, torch.zeros(1)) == "cpu"
+    monkeypatch.setattr(registry, "_environ", {})  # an os.environ without the shortcut
+    assert registry.select(toy, None, torch.zeros(1)) == "cpu"
+    monkeypatch.setenv("HYDRA_BACKEND", "reference")
+    assert registry.select(toy, None, torch.zeros(1)) == "reference"
+
+
+def test_one_tensor_elsewhere_is_enough():
+    x = torch.zeros(1)
+    for tensors in ((x, None, x.to("meta")), (x.to("meta"), x)):
+        assert registry.wrong_device("cpu", *tensors) == ["needs tensors on cpu, got meta"]
+    assert registry.wrong_device("cpu", x, None) == []
 
 
 def test_falling_back_is_said_once(toy, caplog):
@@ -119,6 +131,8 @@ def test_available_backends():
     assert "reference" in found and found[-1] == "reference"
     assert set(found) | set(found.why_not) == {"cuda", "cpu", "triton", "reference"}
     assert all(found.why_not.values())
+    for name, why in found.why_not.items():
+        assert f"; not {name}: {why}" in repr(found)
     if not torch.cuda.is_available():
         assert "cuda" not in found and "CUDA" in found.why_not["cuda"]
     everything = available_backends()

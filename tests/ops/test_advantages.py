@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_kernels import advantages, available_backends, gae, kl_rewards, masked_whiten
+from hydra_kernels.backends import registry
 from tests.numerics import device_of, fast_backends
 from tests.ops.token_masks import every_kind, lengths, make_mask, poisoned, rows, seeds
 
@@ -33,6 +34,8 @@ def step_by_step(
     kl_coef,
     estimator="k1",
     kl=None,
+    gamma=1.0,
+    lam=0.95,
     last_values=None,
     whiten=True,
     whiten_rewards=False,
@@ -44,7 +47,7 @@ def step_by_step(
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     last = None if last_values is None else last_values.double()
-    advantage, returns = gae(rewards, wide[3], mask, last_values=last)
+    advantage, returns = gae(rewards, wide[3], mask, gamma=gamma, lam=lam, last_values=last)
     if whiten:
         advantage = masked_whiten(advantage, mask, reduce=reduce)
     return advantage, returns, rewards
@@ -98,9 +101,31 @@ def test_matches_the_three_ops(backend, estimator, shape):
 @pytest.mark.parametrize("whiten_rewards", [True, False])
 def test_whitening_is_a_choice(backend, whiten, whiten_rewards):
     inputs = make_inputs(every_kind(6, 50).to(device_of(backend)))
-    settings = dict(kl_coef=0.1, whiten=whiten, whiten_rewards=whiten_rewards)
+    last_values = torch.randn(6, device=inputs[-1].device)
+    settings = dict(kl_coef=0.1, estimator="k3", gamma=0.9, lam=0.8, last_values=last_values)
+    settings |= dict(whiten=whiten, whiten_rewards=whiten_rewards)
     expected = step_by_step(*inputs, **settings)
     assert_agrees(advantages(*inputs, **settings, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_each_step_runs_on_the_backend_named(backend, monkeypatch):
+    asked, select = [], registry.select
+    monkeypatch.setattr(registry, "select", lambda op, b, *t: asked.append(b) or select(op, b, *t))
+    inputs = make_inputs(every_kind(6, 50).to(device_of(backend)))
+    for whiten_rewards, steps in ((False, 1), (True, 4)):
+        asked.clear()
+        advantages(*inputs, kl_coef=0.1, whiten_rewards=whiten_rewards, backend=backend)
+        assert asked == [backend] * steps
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_exact_does_not_look_at_logprobs(backend):
+    *inputs, mask = make_inputs(every_kind(6, 50).to(device_of(backend)))
+    settings = dict(kl_coef=0.1, estimator="exact", kl=torch.rand_like(inputs[1]), backend=backend)
+    without = advantages(inputs[0], None, None, inputs[3], mask, **settings)
+    unread = advantages(inputs[0], mask, inputs[1].double()[:1], inputs[3], mask, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(without, unread, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,6 +198,8 @@ def test_threads_do_not_change_the_result():
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend):
     inputs = make_inputs(torch.ones(2, 17, dtype=torch.bool, device=device_of(backend)))
+    if backend == "reference":
+        inputs = [t.double() if t.is_floating_point() else t for t in inputs]
     last_values = inputs[0].clone()
     args = (*inputs, 0.1, "k3", None, 1.0, 0.95, last_values, backend)
     torch.library.opcheck(torch.ops.hydra.advantages, args)
@@ -201,6 +228,9 @@ def refusals():
     yield (scores, x, x, x, mask), {"lam": 2.0}, ValueError, r"lam must be in \[0, 1\]"
     yield (scores, x, x, x, mask), {"last_values": x}, ValueError, r"last_values must be \(2,\)"
     yield (scores, x, x, x.to("meta"), mask), {}, ValueError, "must be on one device"
+    far = scores.to("meta")
+    yield (scores, x, x, x, mask), {"last_values": far}, ValueError, "last_values on meta"
+    yield (scores, x, x, x, mask), {"kl_coef": torch.inf}, ValueError, "kl_coef must be finite"
     yield (scores, x, x, x, mask), {"backend": "tpu"}, NotImplementedError, "no such backend"
 
 

@@ -208,6 +208,14 @@ def test_non_contiguous(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_defaults_are_those_of_the_docstring(backend):
+    rewards, values, mask, _ = make_inputs(6, 40, device_of(backend))
+    expected = gae(rewards, values, mask, gamma=1.0, lam=0.95, backend=backend)
+    for a, b in zip(gae(rewards, values, mask, backend=backend), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_results_are_constants(backend):
     rewards, values, mask, last_values = make_inputs(2, 5, device_of(backend))
     for t in (rewards, values, last_values):
@@ -233,7 +241,8 @@ def test_threads_do_not_change_the_result():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend):
-    rewards, values, mask, last_values = make_inputs(2, 17, device_of(backend))
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    rewards, values, mask, last_values = make_inputs(2, 17, device_of(backend), dtype)
     for last in (None, last_values):
         torch.library.opcheck(
             torch.ops.hydra.gae, (rewards, values, mask, 0.99, 0.95, last, backend)
@@ -265,6 +274,9 @@ def refusals():
     yield (x, mask, mask), {}, ValueError, "values must be floating-point, got torch.bool"
     yield (x, x.to("meta"), mask), {}, ValueError, "must be on one device, got .*values on meta"
     yield (x, x, mask), {"last_values": x}, ValueError, r"last_values must be \(2,\)"
+    far = torch.ones(2, device="meta")
+    yield (x, x, mask), {"last_values": far}, ValueError, "got .*last_values on meta"
+    yield (x, x, mask), {"lam": far[0]}, ValueError, "lam must be a number, got .* on meta"
     yield (x, x, mask), {"gamma": 1.1}, ValueError, r"gamma must be in \[0, 1\], got 1.1"
     yield (x, x, mask), {"lam": -0.1}, ValueError, r"lam must be in \[0, 1\], got -0.1"
     half = torch.full((2,), 0.5)

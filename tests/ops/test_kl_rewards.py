@@ -179,6 +179,10 @@ def test_exact_needs_no_logprobs_and_results_are_constants(backend):
     )
     assert not rewards.requires_grad
     assert_agrees(rewards, oracle(scores, kl, kl, mask, kl, "exact"))
+    unread = kl_rewards(
+        scores, mask, kl.double()[:1], mask, kl_coef=0.1, estimator="exact", kl=kl, backend=backend
+    )
+    assert torch.equal(unread, rewards)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -191,6 +195,10 @@ def test_a_coefficient_in_a_tensor(backend):
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend):
     scores, logprobs, ref_logprobs, mask, kl = make_inputs(2, 17, device_of(backend))
+    if backend == "reference":
+        scores, logprobs, ref_logprobs, kl = (
+            t.double() for t in (scores, logprobs, ref_logprobs, kl)
+        )
     op = torch.ops.hydra.kl_rewards
     torch.library.opcheck(op, (scores, logprobs, ref_logprobs, mask, 0.1, "k3", None, backend))
     torch.library.opcheck(op, (scores, None, None, mask, 0.1, "exact", kl, backend))
@@ -221,6 +229,13 @@ def refusals():
     yield (scores, x, x, mask), {"estimator": "k4"}, ValueError, "one of k1, k2, k3, exact"
     yield (scores, x, x, mask), {"estimator": "exact"}, ValueError, "'exact' needs kl"
     yield (scores, x, x, mask), {"kl": x}, ValueError, "kl is read only by estimator 'exact'"
+    yield (scores, None, x, mask), {}, ValueError, "'k1' needs logprobs and ref_logprobs"
+    yield (scores[0], x[0], x[0], mask[0]), {}, ValueError, r"mask must be \(B, T\), got \(3,\)"
+    exact = (scores, None, None, mask)
+    for kl, message in ((x[:1], r"kl must be \(2, 3\)"), (x.to("meta"), "must be on one device")):
+        yield exact, {"estimator": "exact", "kl": kl}, ValueError, message
+    inf = float("inf")
+    yield (scores, x, x, mask), {"kl_coef": -inf}, ValueError, "kl_coef must be finite, got -inf"
     nan = float("nan")
     yield (scores, x, x, mask), {"kl_coef": nan}, ValueError, "kl_coef must be finite, got nan"
     two = torch.ones(2)

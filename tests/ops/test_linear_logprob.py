@@ -398,6 +398,23 @@ def test_saved_logits(backend, dtype):
         assert (a.double() - b.double()).norm() < tolerance * 3 * b.double().norm()
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in INTERPRETED])
+def test_logits_are_saved_where_asked_and_for_a_backward_alone(backend):
+    inputs = make_inputs(70, 16, 150, device_of(backend), torch.bfloat16)
+    hidden, weight = inputs["hidden"].requires_grad_(), inputs["weight"]
+    sizes = {}
+    for memory in ("recompute", "save"):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, id):
+            linear_logprob(hidden, weight, inputs["targets"], memory=memory, backend=backend)
+        sizes[memory] = max(t.numel() for t in saved)
+    assert sizes == {"recompute": weight.numel(), "save": 70 * 150}
+    with torch.no_grad():  # not even rounded to the dtype in which they would have been kept
+        made, kept = (run(inputs, leaves=(), backend=backend, memory=m) for m in sizes)
+    for name in made:
+        assert torch.equal(made[name], kept[name])
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation makes, in elements."""
 
@@ -448,16 +465,71 @@ def test_chunks_go_on_where_the_last_one_stopped(backend, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_temperature_as_a_tensor(backend):
+@pytest.mark.parametrize("shape, dtype", [((1,), torch.float32), ((1, 1, 1), torch.float64)])
+@pytest.mark.parametrize("backend", ALL)
+def test_temperature_as_a_tensor(backend, shape, dtype):
     device = device_of(backend)
     inputs = make_inputs(9, 16, 40, device)
     upstream = torch.randn(4, 9, device=device)
-    number = run(inputs, upstream, backend=backend, temperature=0.7)
-    tensor = run(inputs, upstream, backend=backend, temperature=torch.tensor([0.7], device=device))
+    temperature = torch.full(shape, 0.75, dtype=dtype, device=device)
+    number = run(inputs, upstream, backend=backend, temperature=0.75)
+    tensor = run(inputs, upstream, backend=backend, temperature=temperature)
     for name in number[0]:
         assert torch.equal(number[0][name], tensor[0][name])
     assert torch.equal(number[1][0], tensor[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_of_any_integers(backend, dtype):
+    inputs = make_inputs(9, 16, 40, device_of(backend), ignored=0.0)
+    expected = run(inputs, backend=backend)
+    inputs["targets"] = inputs["targets"].to(dtype)
+    for name, t in run(inputs, backend=backend).items():
+        assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 7])  # no token; a token, of padding say
+@pytest.mark.parametrize("backend", ALL)
+def test_another_ignore_index(backend, ignore_index):
+    inputs = make_inputs(9, 16, 40, device_of(backend))
+    inputs["targets"] = torch.where(inputs["targets"] == 7, -100, inputs["targets"])
+    upstream = torch.randn(4, 9, device=device_of(backend))
+    expected = run(inputs, upstream, backend=backend)
+    keep = inputs["targets"] != -100
+    inputs["targets"] = torch.where(keep, inputs["targets"], ignore_index)
+    out, grads = run(inputs, upstream, backend=backend, ignore_index=ignore_index)
+    for name, t in out.items():
+        assert torch.equal(t, expected[0][name]) and not t[~keep].any(), name
+    for a, b in zip(grads, expected[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_constants_that_ask_for_a_gradient_get_none(backend):
+    inputs = make_inputs(5, 16, 40, device_of(backend))
+    temperature = torch.ones((), device=device_of(backend), requires_grad=True)
+    inputs["ref_hidden"].requires_grad_()
+    out = linear_logprob(**inputs, temperature=temperature, backend=backend)
+    assert not any(t.requires_grad for t in out)
+    inputs["hidden"].requires_grad_()
+    out = linear_logprob(**inputs, temperature=temperature, backend=backend)
+    assert all(getattr(out, name).requires_grad for name in DIFFERENTIABLE)
+    assert not out.ref_logprobs.requires_grad
+    sum(getattr(out, name).sum() for name in DIFFERENTIABLE).backward()
+    assert inputs["ref_hidden"].grad is None and temperature.grad is None
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_reference_without_upstream_is_not_read_in_backward(backend):
+    """One that has gone to NaN leaves the gradient of the log-probabilities as it is."""
+    inputs = make_inputs(9, 16, 40, device_of(backend))
+    upstream = torch.randn(4, 9, device=device_of(backend))
+    alone = run({**inputs, "ref_hidden": None}, upstream, ("logprobs", "entropy"), backend=backend)
+    inputs["ref_hidden"] = inputs["ref_hidden"] * torch.nan
+    _, grads = run(inputs, upstream, ("logprobs", "entropy"), backend=backend)
+    for a, b in zip(grads, alone[1], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -480,12 +552,26 @@ def test_gradients_are_not_differentiable(backend):
     """Refused with an upstream that asks for a gradient and without, alone and in a sum."""
     inputs = make_inputs(3, 16, 20, device_of(backend))
     hidden, asking = inputs["hidden"].requires_grad_(), torch.ones(3, requires_grad=True)
-    for upstream in (asking, torch.ones(3)):
+    for upstream in (torch.ones(3), asking):
         out = linear_logprob(hidden, inputs["weight"], inputs["targets"], backend=backend)
         loss = (out.logprobs * upstream.to(hidden.device)).sum()
         (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="linear_logprob: .* no derivative of its own"):
-            torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden)
+            torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden, retain_graph=True)
+    (grad,) = torch.autograd.grad((out.logprobs * asking).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprob: .* no derivative of its own"):
+        torch.autograd.grad(grad.sum(), asking)  # of what comes from above alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_is_differentiable(backend):
+    inputs = make_inputs(3, 16, 20, device_of(backend), bias=True)
+    for name in ("hidden", "weight", "bias"):
+        leaf = inputs[name].clone().requires_grad_()
+        out = linear_logprob(**{**inputs, name: leaf}, backend=backend)
+        (grad,) = torch.autograd.grad(out.kl.sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_logprob: .* no derivative of its own"):
+            torch.autograd.grad(grad.square().sum() + leaf.sum(), leaf)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -593,6 +679,18 @@ def refusals():
     yield {"hidden": hidden[:, :3]}, value, r"hidden must end in D = 4.* got \(3, 3\)"
     yield {"targets": targets[:2]}, value, r"targets must be \(3,\).* got \(2,\)"
     yield {"targets": targets.float()}, value, "targets must be integers, got torch.float32"
+    yield {"weight": weight[:0]}, value, r"weight must be \(V, D\), neither 0, got \(0, 4\)"
+    yield {"hidden": hidden[0, 0]}, value, r"hidden must end in D = 4.* got \(\)"
+    yield {"targets": targets > 0}, value, "targets must be integers, got torch.bool"
+    yield {"targets": targets.to(torch.complex64)}, value, "must be integers, got torch.complex64"
+    yield {"targets": targets.to("meta")}, value, "several devices: cpu, meta"
+    yield {"targets": targets * 0 + 5}, value, r"targets must be in \[0, 5\) or -100, got 5"
+    whole = {n: inputs[n].int() for n in ("hidden", "weight", "bias", "ref_hidden")}
+    yield whole, value, "one floating-point dtype, got hidden torch.int32"
+    far = torch.ones((), device="meta")
+    yield {"temperature": far}, value, "several devices: cpu, meta"
+    yield {"temperature": torch.ones(1, dtype=torch.int64)}, value, r"got \(1,\) torch.int64"
+    yield {"softcap": 0.0}, value, "softcap must be above 0 or None, got 0.0"
     yield {"targets": targets + 5}, value, r"targets must be in \[0, 5\) or -100, got"
     yield {"targets": targets * 0 - 1}, value, r"targets must be in \[0, 5\) or -100, got -1"
     yield {"bias": weight[0]}, value, r"bias must be \(5,\), got \(4,\)"

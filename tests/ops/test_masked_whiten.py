@@ -144,6 +144,24 @@ def oracle_parts(x, mask, shift_mean):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_a_constant_in_every_process(backend):
+    """The difference of its sums of squares may round to less than 0."""
+    for value in torch.logspace(2, 6, 50).tolist():
+        x = torch.full((1, 7), value, device=device_of(backend))
+        out = masked_whiten(x, x > 0, reduce=lambda t: 3 * t, backend=backend)
+        assert torch.isfinite(out).all() and out.abs().max() < 1, value
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_reduction_in_float32(backend):
+    """Some transports know no float64: kernels read float64 all the same."""
+    x = torch.randn(5, 200, device=device_of(backend))
+    mask = every_kind(5, 200).to(x.device)
+    out = masked_whiten(x, mask, reduce=lambda t: t.float(), backend=backend)
+    torch.testing.assert_close(out, masked_whiten(x, mask, backend=backend), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_a_process_without_tokens_takes_the_others_moments(backend):
     x = torch.randn(2, 5, device=device_of(backend))
     others = torch.tensor([10.0, 20.0, 50.0], dtype=torch.float64, device=x.device)
@@ -196,7 +214,8 @@ def test_threads_do_not_change_the_result():
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(backend):
     device = device_of(backend)
-    x, mask = torch.randn(2, 17, device=device), every_kind(2, 17).to(device)
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x, mask = torch.randn(2, 17, device=device, dtype=dtype), every_kind(2, 17).to(device)
     torch.library.opcheck(torch.ops.hydra.masked_whiten_moments, (x, mask, backend))
     moments = torch.tensor([3.0, 0.5, 2.0], dtype=torch.float64, device=device)
     torch.library.opcheck(torch.ops.hydra.masked_whiten, (x, mask, moments, True, backend))

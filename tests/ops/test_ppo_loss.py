@@ -204,18 +204,41 @@ def test_one_side_only(backend):
     assert ppo_loss(**{**inputs, **unread}, backend=backend) == actor
 
 
+@pytest.mark.parametrize("backend", ALL)
+def test_neither_side(backend):
+    """The means of entropy and divergence alone, which have no side."""
+    inputs = make_inputs((3, 50), device_of(backend))
+    given = {n: inputs[n] if n in ("entropy", "kl", "mask") else None for n in inputs}
+    out = ppo_loss(**given, **COEFS, backend=backend)
+    entropy, kl = (inputs[n][inputs["mask"]].double().mean().item() for n in ("entropy", "kl"))
+    assert out.loss.item() == pytest.approx(0.05 * kl - 0.01 * entropy, abs=1e-7)
+    assert not any(t.item() for name, t in out._asdict().items() if name not in given | {"loss": 1})
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_without_gradients_and_defaults(backend):
+    inputs = make_inputs((3, 50), device_of(backend))
+    expected, _ = run(inputs, backend=backend)
+    with torch.no_grad():
+        for a, b in zip(ppo_loss(**inputs, **COEFS, backend=backend), expected, strict=True):
+            assert torch.equal(a, b)
+    spelt = dict(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ent_coef=0.0, kl_coef=0.0)
+    assert ppo_loss(**inputs, backend=backend) == ppo_loss(**inputs, **spelt, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_non_contiguous_and_half(backend):
+def test_non_contiguous_and_half(backend, dtype):
     inputs = make_inputs((64, 33), device_of(backend))
     turned = {n: t.t().contiguous().t() for n, t in inputs.items()}
     assert not turned["logprobs"].is_contiguous()
     for a, b in zip(*(run(i, backend=backend) for i in (inputs, turned)), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    half = {n: t.half() if t.is_floating_point() else t for n, t in inputs.items()}
+    half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
     leaf = half["logprobs"].requires_grad_()
     out = ppo_loss(**half, backend=backend)
     out.loss.backward()
-    assert out.loss.dtype == torch.float32 and leaf.grad.dtype == torch.float16
+    assert out.loss.dtype == torch.float32 and leaf.grad.dtype == dtype
     widened = {n: t.float() if t.is_floating_point() else t for n, t in half.items()}
     assert out.loss == ppo_loss(**widened, backend=backend).loss
 
@@ -328,6 +351,9 @@ def refusals():
     yield {**inputs, "mask": inputs["mask"].int()}, {}, ValueError, "mask must be bool"
     yield {**inputs, "returns": None}, {}, ValueError, "values needs returns, got None"
     yield {**inputs, "old_logprobs": None}, {}, ValueError, "logprobs needs old_logprobs"
+    yield {**inputs, "advantages": None}, {}, ValueError, "logprobs needs advantages, got None"
+    yield {**inputs, "old_values": None}, {}, ValueError, "values needs old_values, got None"
+    yield inputs, {"cliprange_value": 0.0}, ValueError, "cliprange_value must be > 0, got 0.0"
     yield {**inputs, "kl": inputs["mask"]}, {}, ValueError, "kl must be floating point"
     yield {**inputs, "kl": inputs["kl"].to("meta")}, {}, ValueError, "devices differ: kl is on meta"
     yield inputs, {"cliprange": 0.0}, ValueError, "cliprange must be in"
@@ -370,8 +396,8 @@ def test_backward_again(backend):
             torch.testing.assert_close(leaf.grad, times * once, rtol=1e-5, atol=1e-8)
 
     further = {n: leaf * 1 for n, leaf in leaves.items()}  # not leaves, as in a model
-    loss = ppo_loss(**{**inputs, **further}, **COEFS, backend=backend).loss
     for scale in (1.0, 2.0):
+        loss = ppo_loss(**{**inputs, **further}, **COEFS, backend=backend).loss
         for _ in range(2):
             grads = torch.autograd.grad(scale * loss, list(further.values()), retain_graph=True)
             for grad, once in zip(grads, expected, strict=True):
@@ -409,6 +435,11 @@ def test_gradients_are_not_differentiable(backend):
         (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="ppo_loss: its gradient has no derivative"):
             torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf)
+    scale = torch.ones((), device=leaf.device, requires_grad=True)
+    loss = scale * ppo_loss(**{**inputs, name: leaf}, **COEFS, backend=backend).loss
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="ppo_loss: its gradient has no derivative"):
+        torch.autograd.grad(grad.sum(), scale)  # of what comes from above alone
 
 
 @pytest.mark.parametrize("backend", ALL)
