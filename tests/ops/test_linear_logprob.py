@@ -216,6 +216,32 @@ def test_logits_shifted_far(backend):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+def test_every_token_is_a_target_once(backend):
+    """So are those at both ends of each block of the vocabulary, whatever its size."""
+    V = 1100
+    inputs = make_inputs(V, 16, V, device_of(backend), ignored=0.0)
+    inputs["targets"] = torch.arange(V, device=device_of(backend))
+    for bias in (inputs["bias"], None):
+        assert_as_reference({**inputs, "bias": bias}, torch.randn(4, V), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_far_beyond_the_softcap(backend):
+    inputs = make_inputs(8, 16, 70, device_of(backend))
+    inputs |= {n: 100 * inputs[n] for n in ("hidden", "ref_hidden")}  # up to 500 times the cap
+    assert_as_reference(inputs, torch.randn(4, 8), backend, softcap=2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearly_equal_policies(backend):
+    """A divergence of 1e-12 is a difference of numbers near 10; it is never below 0."""
+    inputs = make_inputs(60, 16, 70, device_of(backend), ignored=0.0)
+    inputs["ref_hidden"] = inputs["hidden"] * (1 + 1e-6)
+    kl = run(inputs, backend=backend)["kl"]
+    assert (kl >= 0).all() and kl.max() < 1e-5
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_one_logit_above_all(backend):
     device = device_of(backend)

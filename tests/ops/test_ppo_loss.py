@@ -170,6 +170,28 @@ def test_masked_values_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_log_ratios_are_cut_at_60(backend):
+    """Beyond it there is no gradient, and the statistics are those of the end: by hand."""
+    device = device_of(backend)
+    for log_ratio, approx_kl in ((-100.0, 59.0), (100.0, math.exp(60.0))):
+        logprobs = torch.tensor([[log_ratio]], device=device, requires_grad=True)
+        ones = torch.ones(1, 1, device=device)
+        out = ppo_loss(
+            logprobs,
+            None,
+            old_logprobs=0 * ones,
+            old_values=None,
+            advantages=-ones,
+            returns=None,
+            mask=ones > 0,
+            backend=backend,
+        )
+        assert out.approx_kl.item() == pytest.approx(approx_kl, rel=1e-5)
+        assert out.ratio.item() == pytest.approx(math.exp(math.copysign(60.0, log_ratio)), rel=1e-5)
+        assert torch.autograd.grad(out.loss, logprobs)[0].item() == 0.0
+
+
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
 def test_empty(backend, shape):
     out, grads = run(make_inputs(shape, device_of(backend)), backend=backend)
