@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear, lora_linear_group
+from hydra_kernels.backends.reference import philox
 from tests.numerics import assert_no_worse_than_torch, device_of, training_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import leaves, run
@@ -108,6 +109,39 @@ def test_merged_weights_are_made_again_for_each_backward():
 
     for mine, other in zip(gradients("cpu"), gradients("reference"), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
+def test_merged_weights_of_strided_tensors():
+    weight, _, (a,), (b,), _ = make_layer(40, 24, (5,))
+    x, upstream = torch.randn(200, 24), torch.randn(200, 40)
+    results = []
+    for backend in ("cpu", "reference"):
+        given = leaves(x, *(t.t().contiguous() for t in (a, b)))
+        y = lora_linear(given[0], weight, given[1].t(), given[2].t(), 0.7, backend=backend)
+        results.append([y, *torch.autograd.grad(y, given, upstream)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("p", [0.1, 2.5 / 65536, 3.5 / 65536])  # up; to even, down and up
+def test_the_threshold_of_dropout_rounds_as_python_does(p):
+    """Of the draws of 800000 elements some dozen are the threshold itself."""
+    eye, x, seed = torch.eye(8), torch.ones(100_000, 8), torch.tensor([11, 3])
+    y = lora_linear(x, 0 * eye, eye, eye, 1.0, dropout=p, seed=seed, backend="cpu")
+    assert torch.equal(y != 0, philox.keep(100_000, 8, p, seed))
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
+def test_narrowing_to_bfloat16_is_torch_s():
+    """Ties go to even, what is too large to inf, and no NaN to a number."""
+    ties = 1 + torch.arange(1, 64, 2) * 2**-8
+    odd = torch.tensor([0x7FFFFFFF, 0x7F7FFFFF, 0x7F800000, 0x3F808001], dtype=torch.int32)
+    values = torch.cat((ties, -ties, odd.view(torch.float32)))
+    x, weight = torch.ones(20, 1).bfloat16(), torch.zeros(len(values), 1).bfloat16()
+    y = lora_linear(x, weight, torch.ones(1, 1), values[:, None], 1.0, backend="cpu")
+    torch.testing.assert_close(y[0], values.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
