@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from hydra_rlhf import evaluate, ppo
 from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.data import Prompt
+from hydra_rlhf.errors import UserError
 from hydra_rlhf.experience import Sampler
 from hydra_rlhf.methods import method_from_model
 from hydra_rlhf.model import HydraModel
@@ -175,3 +176,12 @@ def test_a_baseline_is_compared_with_itself_for_nothing():
         "base", baseline, make_tokenizer(), prompts, sampling, baseline=baseline
     )
     assert found.kl == [0.0, 0.0] and min(found.nll) > 0 and found.rewards is None
+
+
+def test_a_prompt_leaves_room_for_its_answer():
+    """In a context of 64 tokens, with 5 of answer."""
+    model = make_model("llama", ())
+    sampling = rollouts.sampling_of(settings(response_length=5), make_tokenizer())
+    with pytest.raises(UserError, match="prompt 0 has 60 tokens, more than 59"):
+        evaluate.answer("A", model, make_tokenizer(), [Prompt("w3 " * 60)], sampling)
+    assert evaluate.answer("A", model, make_tokenizer(), [Prompt("w3 " * 59)], sampling).tokens

@@ -174,6 +174,36 @@ def test_failures_are_counted_and_too_many_are_an_error(serve):
         strict.compare(["p"], ["long answer"], ["short"])
 
 
+def test_failures_are_those_of_one_call(serve):
+    """A tenth of the questions before it cannot excuse, nor condemn, what fails in this one."""
+    server = serve(longer)
+    judge = ChatJudge(server.url, "m", attempts=1, workers=1, max_failures=0.4)
+    server.trouble = [(500, b"")]
+    assert len(judge.compare(PROMPTS, OURS, THEIRS)) == 4  # 1 of 6
+    assert judge.compare(["p"], ["long answer"], ["short"]) == [1.0]  # none of 2
+    server.trouble = [(500, b"")]
+    with pytest.raises(UserError, match="1 of 2 questions failed"):
+        judge.compare(["p"], ["long answer"], ["short"])
+
+
+def test_after_a_refusal_the_next_call_asks_again(serve):
+    server = serve(longer)
+    judge = ChatJudge(server.url, "m", workers=1)
+    server.trouble = [(401, b"?")]
+    with pytest.raises(UserError, match="HTTP 401"):
+        judge.compare(["p"], ["long answer"], ["short"])
+    assert judge.compare(["p"], ["long answer"], ["short"]) == [1.0]
+
+
+def test_a_cached_reply_is_of_one_model(serve, tmp_path):
+    server = serve(longer)
+    for model in ("m", "n", "m"):
+        judge = ChatJudge(server.url, model, cache=tmp_path / "cache.jsonl")
+        judge.compare(["p"], ["long answer"], ["short"])
+    assert [body["model"] for _, body in server.requests] == ["m", "m", "n", "n"]
+    assert judge.usage.cached == 2
+
+
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [

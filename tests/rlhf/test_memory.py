@@ -221,6 +221,26 @@ def test_phases_time_and_measure():
     assert phases.metrics() == {}
 
 
+def test_phases_add_up_seconds_and_keep_the_highest_peak(monkeypatch):
+    phases = Phases(torch.device("cpu"))
+    seconds, sizes, resets = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0]), iter(range(1, 10)), []
+    monkeypatch.setattr("hydra_rlhf.phases.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(phases, "_reset_peak", lambda: resets.append(1))
+    monkeypatch.setattr(phases, "_bytes", lambda: (next(sizes), peaks.pop(0)))
+    peaks = [90, 40, 60]
+    with phases("update"):
+        pass
+    with phases("update"):
+        pass
+    expected = {"time/update": 5.0, "memory/update_held": 2.0, "memory/update_peak": 90.0}
+    assert phases.metrics() == expected
+    phases.clear()
+    with phases("update"):
+        pass
+    expected = {"time/update": 1.0, "memory/update_held": 3.0, "memory/update_peak": 60.0}
+    assert phases.metrics() == expected and len(resets) == 3
+
+
 def test_command(tmp_path, capsys):
     model_config = CONFIGS["llama"]()
     model_config.update({"num_hidden_layers": 1})

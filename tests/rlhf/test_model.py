@@ -159,6 +159,52 @@ def test_prefix_gives_the_same_gradients(family):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_prefix_gives_the_same_gradients_where_blocks_are_recomputed(reentrant):
+    model = make_model("llama", trained=True, layers_to_transform=[1, 2])
+    inputs = batch()
+    prefix = model.compute_prefix(*inputs[:2])
+    model.score(*inputs, roles=("actor",)).logprobs.sum().backward()
+    expected = [p.grad.clone() for p in model.adapter_parameters("actor")]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.score(*inputs, roles=("actor",), prefix=prefix).logprobs.sum().backward()
+    for p, grad in zip(model.adapter_parameters("actor"), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_is_drawn_again_where_blocks_are_recomputed():
+    """``hidden`` in training mode, GPT-2's dropout and LoRA's: the gradients of its own masks."""
+    model = make_model("gpt2", trained=True, lora_dropout=0.3).train()
+    inputs = batch()[:2]
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(2)
+        model.hidden(*inputs, role="actor").square().sum().backward()
+        found.append([p.grad.clone() for p in model.adapter_parameters("actor")])
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_no_pass_of_a_role_has_dropout():
+    """In training mode, with GPT-2's dropout of a tenth everywhere: the same twice."""
+    model = make_model("gpt2", trained=True, layers_to_transform=[1, 2], lora_dropout=0.5).train()
+    ids, mask, _ = batch(padded=False)
+
+    def passes():
+        with torch.no_grad():
+            yield from (model.forward_role(role, ids, mask) for role in ROLES)
+            yield model.compute_prefix(ids, mask).hidden
+            yield model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+
+    for first, second in zip(passes(), passes(), strict=True):
+        assert torch.equal(first, second)
+    assert all(module.training for module in model.modules())
+
+
 def test_prefix_of_rows_and_no_prefix():
     model = make_model("llama", trained=True, layers_to_transform=[1, 2])
     ids, mask, response_mask = batch()
@@ -216,6 +262,13 @@ def test_one_pass_for_reference_and_reward_changes_nothing():
     assert_equal(scores_of(model, batch()), scores_of(model, batch(), reuse_reference_reward=False))
 
 
+def test_scaling_is_one_unless_told():
+    lm = make_lm("llama")
+    assert default_lora_config(lm).r == default_lora_config(lm).lora_alpha == 128
+    assert default_lora_config(lm, r=4).lora_alpha == 4
+    assert default_lora_config(lm, r=4, lora_alpha=2).lora_alpha == 2
+
+
 def test_positions_and_last_token():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
@@ -254,6 +307,17 @@ def test_save_and_load(tmp_path):
     assert again.base.get_nb_trainable_parameters()[0] > 0
     again.load_adapters(tmp_path)
     assert_equal(scores_of(again, batch()), scores_of(model, batch()))
+
+
+def test_loaded_adapters_bring_both_heads(tmp_path):
+    """Into a model that has heads of its own."""
+    saved, other = make_model("llama", trained=True), make_model("llama", seed=1)
+    with torch.no_grad():
+        saved.value_head.weight.add_(1.0)
+    saved.save_adapters(tmp_path)
+    other.load_adapters(tmp_path)
+    assert torch.equal(other.value_head.weight, saved.value_head.weight)
+    assert torch.equal(other.reward_head.weight, saved.reward_head.weight)
 
 
 def test_adapters_stay_trainable():

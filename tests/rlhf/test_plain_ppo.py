@@ -66,7 +66,12 @@ CASES = {
         target_kl=100.0,
         lora_last_k=1,
     ),
-    "ppo": dict(learning_rate=2e-3, critic_learning_rate=1e-3, max_grad_norm=None),
+    "ppo": dict(
+        learning_rate=2e-3,
+        critic_learning_rate=1e-3,
+        max_grad_norm=None,
+        rollout_logprobs="reuse",
+    ),
 }
 
 
@@ -161,10 +166,13 @@ class Plain:
         measured = kl["exact" if config.kl_estimator == "exact" else "k1"]
         total_kl = torch.where(mask, measured, 0.0).sum(1).mean()
         errors = (returns - old_values)[mask]
+        entropy = -(every.exp() * every).sum(-1)
+        if config.rollout_logprobs == "reuse":
+            entropy = -old  # whose expectation it is
         metrics = {
             "objective/kl": total_kl,
             "objective/kl_coef": self.kl_coef,
-            "objective/entropy": -(every.exp() * every).sum(-1).mul(mask).sum(1).mean(),
+            "objective/entropy": entropy.mul(mask).sum(1).mean(),
             "objective/scores": scores.mean(),
             "objective/scores_std": scores.std(correction=0),
             "objective/non_score_reward": (given - shaped).mean(),
@@ -263,6 +271,8 @@ def test_steps_are_those_of_plain_ppo(method, monkeypatch):
         source.value_head.weight.mul_(0.3)
     torch.manual_seed(0)
     models = method_from_model(method, source, lora=config)
+    assert torch.equal(models.critic.value_head.weight, source.value_head.weight)
+    assert torch.equal(models.reward.reward_head.weight, source.reward_head.weight)
     plain = Plain(config, copy.deepcopy(models))
     rollouts, orders = [], []
     real_update, real_minibatches = ppo.update, updates.minibatches

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hydra_rlhf import engine, ppo
 from hydra_rlhf.config import METHODS, PPOConfig
@@ -494,3 +495,26 @@ def test_optimizer_groups_hold_each_trained_tensor_once():
             if adapter is not None:
                 assert {id(p) for p in model.adapter_parameters(adapter)} <= set(ids)
         assert len(critic) == 1 if method == "j-hydra-ppo" else len(critic) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_whole_critic_trains_what_its_values_read(family):
+    """Its output head is in no value, unless it is the input embedding as well (GPT-2's)."""
+    models = method_from_model("ppo", plain_model(family))
+    critic = {id(p) for p in models.critic_parameters()}
+    lm = models.critic.causal_lm
+    assert (id(lm.get_output_embeddings().weight) in critic) == (family == "gpt2")
+    assert id(lm.get_input_embeddings().weight) in critic
+    assert id(models.actor.causal_lm.get_output_embeddings().weight) in {
+        id(p) for p in models.actor_parameters()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_value_head_that_is_saved_is_the_one_trained(method, tmp_path):
+    models = method_from_model(method, plain_model(), lora=settings())
+    with torch.no_grad():
+        models.critic.value_head.weight.add_(1.0)
+    models.save(tmp_path)
+    saved = load_file(tmp_path / "value_head.safetensors")
+    assert any(torch.equal(value, models.critic.value_head.weight) for value in saved.values())
