@@ -148,11 +148,13 @@ class ClassifierReward:
             )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            # The classifier finds the last token by this id; without it, only batches of one run.
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        pad, config = self.tokenizer.pad_token_id, self.model.config
+        if config.pad_token_id is None and pad != self.tokenizer.eos_token_id:
+            config.pad_token_id = pad
         self.model.eval().requires_grad_(False).to(device)
-        self.batch_size = batch_size
+        # The classifier finds a row's last token by its own id, and without one takes the last
+        # column: else texts are alone, unpadded, and one that ends in EOS is judged there.
+        self.batch_size = batch_size if config.pad_token_id == pad else 1
         self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if apply_chat_template and not self.has_template:
             raise UserError(f"apply_chat_template: the tokenizer of {path} has no chat template")
@@ -167,15 +169,12 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
-        # Alone in its row where padding could hide the end of a text from the model.
-        ambiguous = self.tokenizer.pad_token_id == self.tokenizer.eos_token_id
-        size = 1 if ambiguous else self.batch_size
         messages = columns.get("prompt_messages") or [None] * len(prompts)
         encoded = [self._encode(*row) for row in zip(prompts, completions, messages, strict=True)]
         scores: list[float] = []
-        for start in range(0, len(encoded), size):
+        for start in range(0, len(encoded), self.batch_size):
             batch = self.tokenizer.pad(
-                {"input_ids": encoded[start : start + size]}, return_tensors="pt"
+                {"input_ids": encoded[start : start + self.batch_size]}, return_tensors="pt"
             ).to(self.model.device)
             logits = self.model(**batch).logits.float()
             score = logits[:, 0] if logits.shape[1] == 1 else logits[:, -1] - logits[:, 0]
