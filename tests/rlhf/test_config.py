@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import random
 
+import numpy as np
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import build_method, models_of
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.schedule import PromptBatches, lr_factor
+from hydra_rlhf.schedule import PromptBatches, lr_factor, sampling_seeds, seed_everything
 from tests.rlhf.families import make_lm, make_model
 from tests.rlhf.test_ppo import run, settings
 
@@ -20,6 +23,22 @@ def test_batches_pass_over_every_prompt():
     assert sorted(itertools.chain(*drawn)) == sorted([*range(10), *range(10)])
     assert drawn == list(itertools.islice(PromptBatches(10, 4, seed=0), 5))
     assert all(len(batch) == 7 for batch in itertools.islice(PromptBatches(3, 7, seed=0), 3))
+
+
+def test_everything_that_draws_is_of_the_seed():
+    assert not set(sampling_seeds(3, 1, 64)) & set(sampling_seeds(4, 1, 64))
+    drawn = []
+    for seed in (5, 5, 6):
+        seed_everything(seed)
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
+
+
+def test_batches_are_in_a_new_order_each_time_and_for_each_seed():
+    drawn = list(itertools.islice(PromptBatches(20, 20, seed=0), 3))
+    orders = [*drawn, next(PromptBatches(20, 20, seed=1)), list(range(20))]
+    assert len(set(map(tuple, orders))) == 5
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ def test_crossed_interval_draws_runs_and_prompts():
     assert crossed_interval([[0.25] * 3] * 4) == Estimate(0.25, 0.25, 0.25)
 
 
+def test_crossed_interval_draws_runs_apart_from_prompts():
+    """i - j over a square: a resample is a mean of i less one of j, each of variance 35/12 / 6."""
+    found = crossed_interval([[float(i - j) for j in range(6)] for i in range(6)])
+    half = 1.96 * (2 * 35 / 12 / 6) ** 0.5
+    assert found == pytest.approx((0.0, -half, half), rel=0.06)
+
+
 def test_crossed_interval_of_one_run_is_that_over_its_prompts():
     values = np.random.default_rng(0).normal(3.0, 2.0, 300)
     ours, plain = crossed_interval([values]), mean_interval(values)

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,6 +394,14 @@ def test_at_scale_one_an_overflow_is_a_fault(scaled, monkeypatch):
     gradients_overflow(monkeypatch, above=0.0)
     with pytest.raises(TrainingFault, match="grad_norm"):
         run(None, max_bad_updates=2)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(2.0, True), (1.0, False), (0.5, False)])
+def test_a_scale_above_one_is_what_an_overflow_is_blamed_on(scale, expected):
+    accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale))
+    norms = {"actor": torch.tensor(1.0), "critic": torch.tensor(math.inf)}
+    assert update.overflowed(accelerator, norms) is expected
+    assert not update.overflowed(accelerator, {"actor": torch.tensor(1.0)})
 
 
 def test_halves_are_rounded_up(caplog):
