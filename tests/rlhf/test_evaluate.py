@@ -97,6 +97,7 @@ def test_distinct_by_hand():
     """a a a b: bigrams aa, aa, ab, two of three different."""
     assert distinct(["a a a b"], 2) == pytest.approx(2 / 3)
     assert distinct(["a"], 2) == 0.0
+    assert distinct(["a b", "a b"], 2) == 0.5, "no bigram lies across two texts"
 
 
 # Judging
@@ -112,6 +113,7 @@ def test_scores_and_win_rates_by_hand():
     first, second = found.policies
     assert first.score.mean == 2.25 and second.score.mean == 1.5
     assert first.win_rate is None
+    assert (first.length, first.ended) == (2.0, 1.0)
     assert second.win_rate.mean == pytest.approx(0.375)
     assert found.win_rates[0][1].mean == pytest.approx(0.625)
     low, high = found.win_rates[0][1].low, found.win_rates[0][1].high

@@ -426,6 +426,7 @@ def test_diagnostics_name_the_cause():
         ({}, {"objective/kl": -5.0}, "far below 0"),
         ({}, {"val/ratio_max": 11.0}, "passed 10"),
         ({}, {"val/ratio_first": 1.5}, "starts at ratio 1.5"),
+        ({}, {"val/ratio_first": 0.5}, "starts at ratio 0.5"),
         ({}, {"val/rollout_logprob_diff": 0.1}, "differ by 0.1"),
         ({}, {"val/num_eos_tokens": 0.0}, "no response ended"),
     ]
