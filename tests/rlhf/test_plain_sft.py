@@ -110,9 +110,9 @@ class Plain:
             total = total + weight * cross_entropy
             found["sft_loss"] = cross_entropy
         if config.objective != "sft":
-            same = torch.tensor([one.chosen == one.rejected for one in both])
-            right = (won > lost) & ~same
-            found["accuracy"] = right.float().mean()
+            tied = torch.tensor([one.chosen == one.rejected for one in both]) | (won == lost)
+            right = (won > lost) & ~tied
+            found["accuracy"] = (right.float() + tied.float() / 2).mean()
             found["reward_margin"] = (won - lost).mean()
             if config.objective in ("hydra", "rm"):
                 stated = (won - lost).abs().sigmoid()
