@@ -244,6 +244,9 @@ def test_calibration_by_hand():
     assert calibration_error(torch.tensor([1e-9, -1e-9])) == pytest.approx(0.0, abs=1e-6)
     assert calibration_error(torch.tensor([-50.0, -50.0])) == pytest.approx(1.0)
     assert calibration_error(torch.tensor([50.0, -50.0])) == pytest.approx(0.5)
+    # 0.52 and 0.58 are in the first and the second of ten bins above 0.5.
+    apart = torch.logit(torch.tensor([0.52, 0.58])) * torch.tensor([1.0, -1.0])
+    assert calibration_error(apart) == pytest.approx((0.48 + 0.58) / 2, abs=1e-5)
 
 
 # Training
