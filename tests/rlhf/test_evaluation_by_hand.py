@@ -182,6 +182,6 @@ def test_a_prompt_leaves_room_for_its_answer():
     """In a context of 64 tokens, with 5 of answer."""
     model = make_model("llama", ())
     sampling = rollouts.sampling_of(settings(response_length=5), make_tokenizer())
-    with pytest.raises(UserError, match="prompt 0 has 60 tokens, more than 59"):
+    with pytest.raises(UserError, match="prompt 1 has 60 tokens, more than 59"):
         evaluate.answer("A", model, make_tokenizer(), [Prompt("w3 " * 60)], sampling)
     assert evaluate.answer("A", model, make_tokenizer(), [Prompt("w3 " * 59)], sampling).tokens

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from hydra_rlhf import ppo
 from hydra_rlhf import trunk as trunks
 from hydra_rlhf import update as updates
 from hydra_rlhf.errors import UserError
@@ -247,6 +248,19 @@ def test_a_prompt_leaves_room_for_its_response():
         with pytest.raises(UserError, match="prompt 1 has 60 tokens, more than 59"):
             run(config, prompts=[" ".join(["w3"] * 60)])
         assert run(config, prompts=[" ".join(["w3"] * 59)]).metrics
+
+
+def test_every_response_of_a_run_has_a_seed_of_its_own(monkeypatch):
+    seeds = []
+    real = ppo.sample
+
+    def sample(config, model, tokenizer, rows, sampler, given):
+        seeds.extend(given)
+        return real(config, model, tokenizer, rows, sampler, given)
+
+    monkeypatch.setattr(ppo, "sample", sample)
+    run(settings(max_steps=2))
+    assert len(set(seeds)) == len(seeds) == 16
 
 
 def test_a_reward_function_spares_the_reward_model():
