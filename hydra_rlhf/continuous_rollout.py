@@ -15,14 +15,22 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
 import hydra_kernels.peft
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows, plain_generation_config
+from hydra_rlhf.rollout import (
+    Engine,
+    Request,
+    Rollout,
+    Sampling,
+    of_rows,
+    plain_generation_config,
+    scored_logprobs,
+)
 from hydra_rlhf.token_choice import is_filtered
 
 _log = logging.getLogger("hydra_rlhf")
@@ -84,7 +92,7 @@ class ContinuousEngine(Engine):
                 _log.info(
                     "continuous batching gives filtered log-probabilities: the policy's are scored"
                 )
-            rollout.logprobs = _scored(model, rollout, role, sampling.temperature)
+            rollout.logprobs = scored_logprobs(model, rollout, role, sampling.temperature)
         return rollout
 
     def _generate(
@@ -212,17 +220,3 @@ def _one_seed(seeds: Sequence[int] | None) -> int:
     for seed in seeds:
         mixed = (mixed * 1_000_003 + int(seed)) % (2**31 - 1)
     return mixed
-
-
-@torch.no_grad()
-def _scored(model: HydraModel, rollout: Rollout, role: str, temperature: float) -> Tensor:
-    scored = model.score(
-        rollout.query_responses,
-        rollout.attention_mask,
-        rollout.response_mask,
-        roles=(role,),
-        temperature=temperature,
-    )
-    found = scored.logprobs if role == "actor" else scored.ref_logprobs
-    assert found is not None
-    return found

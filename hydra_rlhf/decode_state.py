@@ -23,6 +23,13 @@ def check_supported(config: Any) -> None:
         raise Unsupported(f"{kind} has local attention, whose windows are counted from slot 0")
 
 
+def kv_bytes(text: Any, itemsize: int) -> int:
+    """Of the keys and values of one token, in every layer of a model of this configuration."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
+
+
 class Prefill(Cache):
     """Hands every layer its own keys and values back and puts them into rows of the buffers."""
 

@@ -20,6 +20,7 @@ import transformers
 
 from hydra_rlhf import experience, update
 from hydra_rlhf.config import METHODS, PPOConfig
+from hydra_rlhf.decode_state import kv_bytes
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.model import ROLES
@@ -145,7 +146,7 @@ def _plan(
 
     text = model_config.get_text_config()
     itemsize = models.actor.trunk.dtype.itemsize
-    kv_row = _kv_bytes(text, itemsize)  # of one token
+    kv_row = kv_bytes(text, itemsize)
     kv_cache = B * (prompt_length + T) * kv_row
     # float32 logits of a step are held as read, divided by the temperature, and as probabilities.
     step_logits = 3 * B * text.vocab_size * 4
@@ -275,12 +276,6 @@ def _update_peak(config: PPOConfig, models: MethodModels, prompt_length: int) ->
     for parameter in trained:
         parameter.grad = None
     return ledger.peak
-
-
-def _kv_bytes(text: Any, itemsize: int) -> int:
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
 
 
 # Pictures

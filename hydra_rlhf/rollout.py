@@ -62,7 +62,8 @@ class Rollout:
         prefix: What entered the first adapted block while the tokens were made; None where it was
             not asked for.
         foreign: Another program's kernels sampled, whose log-probabilities are not quite the
-            trainer's: each token's policy loss is then weighted by the ratio of both.
+            trainer's: each token's policy loss is then weighted by the ratio of both. They are
+            those of what was drawn from, filters included.
         prompts, responses: The texts; a response without its stop token.
         columns: The other columns of the data set, one entry a prompt.
     """
@@ -374,6 +375,21 @@ def of_rows(
         ended=torch.tensor(ended, device=device),
         logprobs=None if logprobs is None else scores.to(device),
     )
+
+
+@torch.no_grad()
+def scored_logprobs(model: HydraModel, rollout: Rollout, role: str, temperature: float) -> Tensor:
+    """(B, T) from one pass more, for an engine that has no log-probabilities of its own."""
+    scored = model.score(
+        rollout.query_responses,
+        rollout.attention_mask,
+        rollout.response_mask,
+        roles=(role,),
+        temperature=temperature,
+    )
+    found = scored.logprobs if role == "actor" else scored.ref_logprobs
+    assert found is not None
+    return found
 
 
 def response_lengths(responses: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

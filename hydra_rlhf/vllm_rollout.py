@@ -1,28 +1,41 @@
 """Sampling by vLLM: the base model from its folder, the trained adapter handed over by path.
 
 vLLM computes with kernels and roundings of its own, so its log-probabilities are not those that the
-trainer scores; :func:`importance_weights` corrects for it. Needs ``pip install vllm``; tested here
-against a stand-in with vLLM's interface only.
+trainer scores; :func:`importance_weights` corrects for it. Needs ``pip install vllm``; run with
+0.32 on a CPU, never on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydra_rlhf.errors import UserError
+from hydra_rlhf.decode_state import kv_bytes
+from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import HydraModel
-from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows, scored_logprobs
+
+_log = logging.getLogger("hydra_rlhf")
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # max_lora_rank is one of these
+_BLOCK = 128  # tokens: the largest block of keys and values that vLLM takes unasked
+_COLDEST = 0.01  # vLLM raises a lower temperature to this, and says so in its log alone
 
 
 class VLLMEngine(Engine):
-    """Samples by vLLM; in one process.
+    """Samples by vLLM; in one process, beside which vLLM starts its own.
+
+    Loaded at the first call, and again should prompts or adapters outgrow it: it holds keys and
+    values for that call's batch, since vLLM left to itself takes nearly all of the device. Between
+    calls it sleeps where vLLM can, which is not on a CPU: its weights wait in the host's memory.
 
     Args:
         base: Folder or hub name of the model that the adapters were put on.
@@ -36,6 +49,7 @@ class VLLMEngine(Engine):
         try:
             self._vllm = importlib.import_module("vllm")
             self._lora = importlib.import_module("vllm.lora.request")
+            self._platforms = importlib.import_module("vllm.platforms")
         except ImportError as error:
             raise UserError(
                 f"rollout_engine 'vllm' needs vLLM, which cannot be imported ({error}): "
@@ -46,52 +60,140 @@ class VLLMEngine(Engine):
         self._base = base
         self._settings = settings
         self._llm: Any = None
+        self._chosen: dict[str, Any] = {}  # what it was loaded with
+        self._asleep = False
         self._handed_over = 0  # adapters so far: vLLM keeps one by its number
 
     def sample(self, request: Request) -> Rollout:
         """Log-probabilities are vLLM's, as it sampled.
 
-        They always come, for the weights of the mismatch; ``keep_prefix`` is not obeyed.
+        They always come, for the weights of the mismatch, and are those of the distribution drawn
+        from, filters included; under greedy decoding, which has none, they are scored where they
+        are asked for. ``keep_prefix`` is not obeyed.
 
         Raises:
-            UserError: the model has no adapters, so that nothing small can be handed over.
+            UserError: the actor has no adapter, so that nothing small can be handed over; the
+                temperature, a length, or the model is out of vLLM's reach.
         """
-        model, input_ids, attention_mask, sampling, role, _, seeds, _ = request
-        if not model.adapters:
+        model, input_ids, attention_mask, sampling, role, with_logprobs, seeds, _ = request
+        adapter = model.role(role).adapter
+        if adapter is None and role == "actor":
             raise UserError("rollout_engine 'vllm' is for methods with adapters, not for ppo")
-        if self._llm is None:
-            self._llm = self._load(model)
+        if sampling.do_sample and sampling.temperature < _COLDEST:
+            raise UserError(
+                f"rollout_engine 'vllm' cannot obey temperature {sampling.temperature}: "
+                f"vLLM's lowest is {_COLDEST}; take rollout_engine 'hydra'"
+            )
         prompts = [
             {"prompt_token_ids": row[kept].tolist()}
             for row, kept in zip(input_ids, attention_mask.bool(), strict=True)
         ]
         if seeds is None:
             seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        params = [self._params(sampling, int(seed)) for seed in seeds]
-        adapter = model.role(role).adapter
-        if adapter is None:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                lora = self._hand_over(model, adapter, folder)
+        longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+        with self._told(), tempfile.TemporaryDirectory() as folder:
+            params = [self._params(sampling, int(seed)) for seed in seeds]
+            self._be_ready(model, len(prompts), longest + sampling.response_length)
+            lora = None if adapter is None else self._hand_over(model, adapter, folder)
+            try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
-        return _as_rollout([out.outputs[0] for out in outputs], input_ids, attention_mask, sampling)
+            except Exception:
+                self.close()  # the next call would wait for the request that failed
+                raise
+        completions = [out.outputs[0] for out in outputs]
+        rollout = _as_rollout(completions, input_ids, attention_mask, sampling)
+        if not sampling.do_sample:
+            rollout.foreign = False
+            rollout.logprobs = None
+            if with_logprobs:
+                rollout.logprobs = scored_logprobs(model, rollout, role, sampling.temperature)
+        return rollout
 
-    def _load(self, model: HydraModel) -> Any:
-        config = model.base.peft_config[model.adapters[0]]
-        settings = {
-            "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
+    def release(self) -> None:
+        if self._llm is not None and self._chosen["enable_sleep_mode"] and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    @property
+    def nbytes(self) -> int:
+        if self._llm is None or self._asleep:
+            return 0
+        return self._chosen["kv_cache_memory_bytes"] or 0  # None: vLLM's to find out
+
+    def close(self) -> None:
+        """Ends vLLM and its processes; the next call loads it again."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        self._asleep = False
+        gc.collect()
+
+    def _be_ready(self, model: HydraModel, batch: int, longest: int) -> None:
+        """Loads vLLM, or wakes it, with room for ``longest`` tokens of prompt and response."""
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        configs = [model.base.peft_config[name] for name in model.adapters]
+        rank = max((r for c in configs for r in (c.r, *c.rank_pattern.values())), default=1)
+        # Of its own accord vLLM would cut the response, and not say so.
+        for name, need, most in (
+            ("max_model_len", longest, self._settings.get("max_model_len", limit)),
+            ("max_lora_rank", rank, self._settings.get("max_lora_rank", _RANKS[-1])),
+        ):
+            if most is not None and need > most:
+                raise UserError(f"rollout_engine 'vllm': {name} is at most {most}, not {need}")
+        loaded = self._chosen if self._llm is not None else None
+        if loaded and (longest > loaded["max_model_len"] or rank > loaded["max_lora_rank"]):
+            _log.info("vLLM is loaded again, for %d tokens and adapters of rank %d", longest, rank)
+            self.close()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM's process has no use for what is kept in this one
+        if self._llm is None:
+            self._chosen = {**self._choices(model, batch, longest, rank), **self._settings}
+            self._llm = self._vllm.LLM(model=self._base, **self._chosen)
+        elif self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def _choices(self, model: HydraModel, batch: int, longest: int, rank: int) -> dict[str, Any]:
+        text = model.config.get_text_config()
+        dtype = model.causal_lm.dtype
+        length = 2 * longest  # so that it is seldom loaded again
+        length = min(length, getattr(text, "max_position_embeddings", None) or length)
+        # One block more is vLLM's own, and a part of one is for those that differ in size.
+        blocks = max(batch * -(-longest // _BLOCK), -(-length // _BLOCK)) + 2
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "skip_tokenizer_init": True,  # token ids go in and come out
+            "max_model_len": length,
+            "kv_cache_memory_bytes": blocks * _BLOCK * kv_bytes(text, dtype.itemsize),
+            # Must be free at the start, and is without meaning where the above is given.
+            "gpu_memory_utilization": 0.01,
+            "enable_sleep_mode": self._platforms.current_platform.is_sleep_mode_available(),
             "enable_lora": True,
-            "max_lora_rank": config.r,
+            "max_lora_rank": next(size for size in _RANKS if size >= rank),
             # Those of the distribution sampled from, after temperature and filters.
             "logprobs_mode": "processed_logprobs",
             "max_logprobs": 1,
-            **self._settings,
         }
-        return self._vllm.LLM(model=self._base, **settings)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What vLLM raises, as one line; the process that it starts has more in the log."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            name = f"vLLM {self._vllm.__version__}"
+            raise UserError(
+                f"rollout_engine 'vllm': {name} cannot sample from {self._base} "
+                f"({_reason(error)}); its log may say more. Or take rollout_engine 'hydra'"
+            ) from error
 
     def _hand_over(self, model: HydraModel, adapter: str, folder: str) -> Any:
-        model.save_adapters(folder, base_model=self._base)
+        """The adapter as it is now, under a number that vLLM has not seen."""
+        model.base.peft_config[adapter].base_model_name_or_path = self._base
+        model.base.save_pretrained(folder, selected_adapters=[adapter])
         self._handed_over += 1
         return self._lora.LoRARequest(
             f"{adapter}-{self._handed_over}", self._handed_over, str(Path(folder) / adapter)
@@ -111,6 +213,13 @@ class VLLMEngine(Engine):
             seed=seed,
             detokenize=False,
         )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    if len(lines) > 2 and "validation error" in lines[0]:  # pydantic's; what is wrong comes after
+        return " ".join(lines[1:3]).split(" [type=")[0]
+    return first_line(error)
 
 
 def importance_weights(
