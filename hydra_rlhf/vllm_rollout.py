@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import cached_file
 
 from hydra_rlhf.decode_state import kv_bytes
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import HydraModel
+from hydra_rlhf.pretrained import REWARD_HEAD, VALUE_HEAD
 from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, of_rows, scored_logprobs
 
 _log = logging.getLogger("hydra_rlhf")
@@ -62,6 +64,7 @@ class VLLMEngine(Engine):
         self._llm: Any = None
         self._chosen: dict[str, Any] = {}  # what it was loaded with
         self._asleep = False
+        self._links: tempfile.TemporaryDirectory | None = None
         self._handed_over = 0  # adapters so far: vLLM keeps one by its number
 
     def sample(self, request: Request) -> Rollout:
@@ -149,10 +152,24 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()  # vLLM's process has no use for what is kept in this one
         if self._llm is None:
             self._chosen = {**self._choices(model, batch, longest, rank), **self._settings}
-            self._llm = self._vllm.LLM(model=self._base, **self._chosen)
+            self._llm = self._vllm.LLM(model=self._without_heads(), **self._chosen)
         elif self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+    def _without_heads(self) -> str:
+        """The base, or links to it: vLLM takes heads beside the model for weights of its own."""
+        folder = Path(self._base)
+        if not folder.is_dir():
+            folder = Path(str(cached_file(self._base, "config.json"))).parent
+        heads = (REWARD_HEAD, VALUE_HEAD)
+        if not any((folder / name).exists() for name in heads):
+            return self._base
+        self._links = tempfile.TemporaryDirectory()
+        for file in folder.iterdir():
+            if file.name not in heads:
+                (Path(self._links.name) / file.name).symlink_to(file.resolve())
+        return self._links.name
 
     def _choices(self, model: HydraModel, batch: int, longest: int, rank: int) -> dict[str, Any]:
         text = model.config.get_text_config()

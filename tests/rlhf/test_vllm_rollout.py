@@ -51,15 +51,15 @@ def vllm(monkeypatch):
 
 @pytest.fixture
 def base(tmp_path) -> str:
-    make_lm("llama").save_pretrained(tmp_path / "base")
+    make_model("llama", ()).save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request, tmp_path_factory):
-    """Loaded once: vLLM takes most of a minute."""
+    """Loaded once: vLLM takes most of a minute. Beside the model lies a reward head."""
     folder = str(tmp_path_factory.mktemp("vllm") / "base")
-    make_lm("llama", **WIDE).save_pretrained(folder)
+    plain_model(num_hidden_layers=3, **WIDE).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         put_in(request.param, patch)
         made = VLLMEngine(folder)
@@ -215,7 +215,7 @@ def test_trains_on_what_vllm_samples(kind, method, tmp_path, monkeypatch):
     """
     put_in(kind, monkeypatch)
     model = plain_model(**WIDE)
-    model.causal_lm.save_pretrained(tmp_path / "sft")
+    model.save_pretrained(tmp_path / "sft")
     config = hydra_config(str(tmp_path / "sft"), method=method, eval_steps=2, num_eval_prompts=3)
     result = run(config, model, eval_prompts=PROMPTS[:3])
     first, second = result.metrics
@@ -335,7 +335,7 @@ def hydra_config(base: str, **changes: Any) -> PPOConfig:
 
 def test_a_mismatch_weighs_the_policy_loss(vllm, tmp_path, monkeypatch):
     """vLLM's log-probabilities e times too high and too low; 2 is where weights are cut."""
-    plain_model().causal_lm.save_pretrained(tmp_path / "sft")
+    plain_model().save_pretrained(tmp_path / "sft")
     kept = []
     make = experience.Experience
 

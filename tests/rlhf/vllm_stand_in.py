@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -84,6 +85,9 @@ class LLM:
         if config.model_type == "gpt2":
             raise ValueError("GPT2LMHeadModel does not support LoRA yet.")
         self.base = transformers.AutoModelForCausalLM.from_pretrained(model)
+        for file in Path(model).glob("*.safetensors"):
+            for name in load_file(file).keys() - self.base.state_dict().keys():
+                raise ValueError(f"There is no module or parameter named {name!r}")
         self.requests: list[LoRARequest | None] = []
         self.params: list[SamplingParams] = []
         self.adapters: dict[int, dict[str, Any]] = {}  # by number: what is known is not read again
