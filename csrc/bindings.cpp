@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "cpu/blas.h"
 #include "cpu/entries.h"
 #ifdef HYDRA_WITH_CUDA
 #include "cuda/entries.h"
@@ -21,9 +22,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_whiten_moments_cpu", &hydra::cpu::masked_whiten_moments, release_gil());
   m.def("masked_whiten_fwd_cpu", &hydra::cpu::masked_whiten_fwd, release_gil());
   m.def("advantages_fwd_cpu", &hydra::cpu::advantages_fwd, release_gil());
+  m.def("linear_logprob_product_cpu", &hydra::cpu::linear_logprob_product, release_gil());
   m.def("linear_logprob_sums_cpu", &hydra::cpu::linear_logprob_sums, release_gil());
   m.def("linear_logprob_finish_cpu", &hydra::cpu::linear_logprob_finish, release_gil());
   m.def("linear_logprob_grads_cpu", &hydra::cpu::linear_logprob_grads, release_gil());
+  m.def("set_gemm_bf16", &hydra::cpu::set_gemm_bf16);
+  m.def("has_bf16_tiles", &hydra::cpu::has_bf16_tiles);
   m.def("lora_linear_fwd_cpu", &hydra::cpu::lora_linear_fwd, release_gil());
   m.def("lora_linear_bwd_cpu", &hydra::cpu::lora_linear_bwd, release_gil());
   m.def("lora_linear_merged_cpu", &hydra::cpu::lora_linear_merged, release_gil());

@@ -37,6 +37,12 @@ void advantages_fwd(
     std::uintptr_t rewards, std::uintptr_t advantages, std::uintptr_t returns,
     std::uintptr_t moments);
 
+// out (m, n) float32 = op(a) (m, k) op(b) (k, n) of bfloat16 matrices, added to out if it adds, by
+// BLAS with at most `piece` of k at once.
+void linear_logprob_product(
+    std::uintptr_t a, std::int64_t a_stride, bool a_transposed, std::uintptr_t b,
+    std::int64_t b_stride, bool b_transposed, std::int64_t m, std::int64_t n, std::int64_t k,
+    std::int64_t piece, bool adds, std::uintptr_t out, std::int64_t out_stride);
 // Adds a block of logits, hidden W^T, to the sums (LogprobSum, sums_stride) of its rows.
 void linear_logprob_sums(
     std::uintptr_t products, std::uintptr_t ref_products, std::int64_t row_stride,
@@ -47,13 +53,14 @@ void linear_logprob_sums(
 void linear_logprob_finish(
     std::uintptr_t sums, std::int64_t num_rows, bool has_ref, std::uintptr_t results,
     std::uintptr_t norms);
-// Turns a block of logits into its gradient, in place; upstream (4, stride): of logprobs, entropy,
-// logsumexp, kl.
+// The gradient of a block of logits; upstream (4, stride): of logprobs, entropy, logsumexp, kl.
+// Each row of dlogits, float32 or bfloat16, may begin where that of the products does.
 void linear_logprob_grads(
     std::uintptr_t products, std::uintptr_t ref_products, std::int64_t row_stride,
     std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns, std::uintptr_t bias,
     std::uintptr_t temperature, float softcap, std::uintptr_t targets, std::uintptr_t norms,
-    std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride);
+    std::uintptr_t entropy, std::uintptr_t kl, std::uintptr_t upstream, std::int64_t stride,
+    std::uintptr_t dlogits, bool is_bf16, std::int64_t dlogits_stride);
 
 // The adapters' part of y, or bias, into every y; false, and nothing written, where every row is
 // off. Adapters and projections are flattened as csrc/cpu/lora_layout.h says.

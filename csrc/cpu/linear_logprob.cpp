@@ -1,10 +1,12 @@
-// What linear_logprob does with a block of logits: add it to the statistics of its rows, or turn it
-// into the gradient. The products before and after are BLAS's, called from Python.
+// What linear_logprob does with a block of logits: add it to the statistics of its rows, or make
+// the gradient of it. The products before and after are BLAS's.
 #include "hydra/linear_logprob.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
+#include "cpu/blas.h"
 #include "cpu/entries.h"
 #include "cpu/multiversion.h"
 #include "hydra/pointer.h"
@@ -83,7 +85,32 @@ struct Pair {
   OnlineSoftmax actor, ref;
 };
 
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+inline std::uint16_t to_bf16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
 }  // namespace
+
+void linear_logprob_product(
+    std::uintptr_t a_, std::int64_t a_stride, bool a_transposed, std::uintptr_t b_,
+    std::int64_t b_stride, bool b_transposed, std::int64_t m, std::int64_t n, std::int64_t k,
+    std::int64_t piece, bool adds, std::uintptr_t out_, std::int64_t out_stride) {
+  const auto *a = pointer<const std::uint16_t>(a_), *b = pointer<const std::uint16_t>(b_);
+  auto* out = pointer<float>(out_);
+  for (std::int64_t begin = 0; begin < k; begin += piece) {
+    const std::int64_t count = std::min(piece, k - begin);
+    const float one = 1.0f, beta = adds || begin > 0 ? 1.0f : 0.0f;
+    // Columns first, as Fortran has it: out^T = op(b)^T op(a)^T.
+    gemm_bf16_entry()(
+        b_transposed ? "T" : "N", a_transposed ? "T" : "N", &n, &m, &count, &one,
+        b + begin * (b_transposed ? 1 : b_stride), &b_stride,
+        a + begin * (a_transposed ? a_stride : 1), &a_stride, &beta, out, &out_stride);
+  }
+}
 
 void linear_logprob_sums(
     std::uintptr_t products_, std::uintptr_t ref_products_, std::int64_t row_stride,
@@ -185,8 +212,8 @@ void linear_logprob_grads(
     std::int64_t num_rows, std::int64_t first_column, std::int64_t num_columns,
     std::uintptr_t bias_, std::uintptr_t temperature, float softcap, std::uintptr_t targets_,
     std::uintptr_t norms_, std::uintptr_t entropy_, std::uintptr_t kl_, std::uintptr_t upstream_,
-    std::int64_t stride) {
-  auto* products = pointer<float>(products_);
+    std::int64_t stride, std::uintptr_t dlogits, bool is_bf16, std::int64_t dlogits_stride) {
+  const auto* products = pointer<const float>(products_);
   const auto* ref_products = pointer<const float>(ref_products_);
   const auto* bias = pointer<const float>(bias_);
   const auto* targets = pointer<const std::int64_t>(targets_);
@@ -200,6 +227,7 @@ void linear_logprob_grads(
 #pragma omp parallel for schedule(static) if (num_rows * num_columns >= kParallelLogits)
   for (std::int64_t row = 0; row < num_rows; ++row) {
     alignas(64) float z_buffer[kChunk], z_ref_buffer[kChunk], slope_buffer[kChunk];
+    alignas(64) float dz_buffer[kChunk];
     const RowNorm norm{norms[kNormMax * stride + row], norms[kNormLogSum * stride + row]};
     RowNorm ref_norm = norm;
     if (has_ref)
@@ -211,11 +239,14 @@ void linear_logprob_grads(
     for (std::int64_t begin = 0; begin < num_columns; begin += kChunk) {
       const std::int64_t count = std::min(kChunk, num_columns - begin);
       const Head head{whole.bias == nullptr ? nullptr : whole.bias + begin, scale};
-      float* product = products + row * row_stride + begin;
+      const float* product = products + row * row_stride + begin;
       const float* ref_product = has_ref ? ref_products + row * row_stride + begin : nullptr;
       float *z_out = z_buffer, *z_ref_out = z_ref_buffer, *slope_out = slope_buffer;
-      const std::int64_t at = target - begin;
+      const std::int64_t at = target - begin, to = row * dlogits_stride + begin;
       const bool here = at >= 0 && at < count;
+      // A row's bfloat16s are written behind where its logits are still to be read.
+      std::uint16_t* halves = is_bf16 ? pointer<std::uint16_t>(dlogits) + to : nullptr;
+      float* dz = is_bf16 ? dz_buffer : pointer<float>(dlogits) + to;
       multiversion([=] {
         const float *z = product, *z_ref = ref_product;
         if (!plain) {
@@ -227,19 +258,23 @@ void linear_logprob_grads(
         if (has_ref) {
 #pragma omp simd
           for (std::int64_t i = 0; i < count; ++i) {
-            product[i] = logit_grad<true>(g, z[i], z_ref[i]);
+            dz[i] = logit_grad<true>(g, z[i], z_ref[i]);
           }
         } else {
 #pragma omp simd
-          for (std::int64_t i = 0; i < count; ++i) product[i] = logit_grad<false>(g, z[i], 0.0f);
+          for (std::int64_t i = 0; i < count; ++i) dz[i] = logit_grad<false>(g, z[i], 0.0f);
         }
-        if (here) product[at] += g.target;
+        if (here) dz[at] += g.target;
         if (scale.softcap > 0.0f) {
 #pragma omp simd
-          for (std::int64_t i = 0; i < count; ++i) product[i] *= slope_out[i];
+          for (std::int64_t i = 0; i < count; ++i) dz[i] *= slope_out[i];
         } else if (scale.inv_temperature != 1.0f) {
 #pragma omp simd
-          for (std::int64_t i = 0; i < count; ++i) product[i] *= scale.inv_temperature;
+          for (std::int64_t i = 0; i < count; ++i) dz[i] *= scale.inv_temperature;
+        }
+        if (halves != nullptr) {
+#pragma omp simd
+          for (std::int64_t i = 0; i < count; ++i) halves[i] = to_bf16(dz[i]);
         }
         return 0;
       });

@@ -11,6 +11,7 @@ import ctypes
 import ctypes.util
 import importlib
 import importlib.util
+import platform
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,22 @@ def _load() -> tuple[ModuleType | None, str]:
 module, why_not = _load()
 
 
+def _gemm_bf16() -> int:
+    """The address of MKL's product of bfloat16 matrices within torch; 0 where there is none."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return 0
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.gemm_bf16bf16f32_, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+#: Whether it multiplies bfloat16 matrices to float32 results, and the processor has tiles for it.
+has_bf16_blas = False
+if module is not None and module.has_bf16_tiles():
+    has_bf16_blas = (_address := _gemm_bf16()) != 0
+    module.set_gemm_bf16(_address)
 #: How it was built: whether with CUDA, the compiler, the vector level that runs.
 build_info: dict[str, object] = module.build_info() if module is not None else {}
 _WITH_CUDA = bool(build_info.get("cuda"))

@@ -367,10 +367,10 @@ def test_shapes_and_strides_do_not_matter(backend):
     [(b, 1100, *size) for b in COMPILED for size in ((16, 70), (100, 2500), (512, 33), (7, 3))]
     + [(b, 80, 48, 70) for b in INTERPRETED],
 )
-def test_a_row_does_not_depend_on_its_batch(backend, M, D, V):
+def test_a_row_does_not_depend_on_its_batch(backend, M, D, V, dtype=torch.float32):
     """Bit for bit: alone, in the middle of others, among 1100 (more than one tile)."""
     device = device_of(backend)
-    inputs = make_inputs(M, D, V, device, ignored=0.1)
+    inputs = make_inputs(M, D, V, device, dtype, ignored=0.1)
     upstream = torch.randn(4, M, device=device)
     out, (dhidden, _) = run(inputs, upstream, leaves=("hidden", "weight"), backend=backend)
     for rows in (slice(5, 6), slice(17, 58), slice(M - 3, M), slice(0, M, 7)):
@@ -381,6 +381,12 @@ def test_a_row_does_not_depend_on_its_batch(backend, M, D, V):
         for name in out:
             assert torch.equal(few[name], out[name][rows]), (name, rows)
         assert torch.equal(grad, dhidden[rows]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_row_does_not_depend_on_its_batch_in_half_precision(backend, dtype):
+    test_a_row_does_not_depend_on_its_batch(backend, 600, 37, 1100, dtype)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built (HYDRA_BUILD=none)")

@@ -8,14 +8,16 @@ shape: so the result of a row does not depend on the batch in which it sits.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends.cpu.products import multiply, pieces, takes
 from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 
 # Large enough for BLAS to reach its speed; a block of 4 MB stays in the second-level caches.
@@ -51,25 +53,22 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
     ref_rows = None if ref_hidden is None else walk.pack(ref_hidden, kept)
     bias = None if bias is None else bias.float().contiguous()
     saved = [hidden.new_empty(M, V) if save and r is not None else None for r in (rows, ref_rows)]
-    for store in saved:
-        if store is not None:
-            store[n:].zero_()
     sums = torch.empty(8, n, **_FLOAT)
     for first, count in walk.blocks:
         head = walk.head(first, count)
         for begin, size in walk.tiles:
             inside = min(size, n - begin)
-            z, z_ref = walk.products(rows, ref_rows, head, begin, inside)
-            if save:
-                for store, block in zip(saved, (z, z_ref), strict=True):
-                    if store is not None and block is not None:
-                        part = store[begin : begin + inside, first : first + count]
-                        # Rounded to the dtype it is kept in, so that backward sees the same.
-                        block[:inside, :count].copy_(part.copy_(block[:inside, :count]))
+            parts = [None if store is None else store[begin:, first:] for store in saved]
+            z, z_ref = walk.products(rows, ref_rows, head, begin, inside, parts)
+            for part, block in zip(parts, (z, z_ref), strict=True):
+                if part is not None and block is not None and block is not part:
+                    part = part[:inside, :count]
+                    # Rounded to the dtype it is kept in, so that backward sees the same.
+                    block[:inside, :count].copy_(part.copy_(block[:inside, :count]))
             extension.module.linear_logprob_sums_cpu(  # type: ignore[union-attr]
                 z.data_ptr(),
                 0 if z_ref is None else z_ref.data_ptr(),
-                walk.stride,
+                z.stride(0),
                 inside,
                 first,
                 count,
@@ -84,6 +83,9 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
     extension.module.linear_logprob_finish_cpu(  # type: ignore[union-attr]
         sums.data_ptr(), n, ref_hidden is not None, results.data_ptr(), norms.data_ptr()
     )
+    for store in saved:
+        if store is not None:
+            store[n:].zero_()
     if kept is not None:
         results = torch.zeros(5, M, **_FLOAT).index_copy_(1, kept, results)
         norms = torch.zeros(4, M, **_FLOAT).index_copy_(1, kept, norms)
@@ -119,6 +121,7 @@ def bwd(
     dbias = torch.zeros(V, **_FLOAT) if wanted[2] else None
     if n == 0:
         dweight = None if dweight is None else dweight.zero_()
+    dz = walk.dlogits() if n else None
     for first, count in walk.blocks if n else ():
         head = walk.head(first, count)
         dhead = None
@@ -136,7 +139,7 @@ def bwd(
             extension.module.linear_logprob_grads_cpu(  # type: ignore[union-attr]
                 z.data_ptr(),
                 0 if z_ref is None else z_ref.data_ptr(),
-                walk.stride,
+                z.stride(0),
                 inside,
                 first,
                 count,
@@ -149,19 +152,20 @@ def bwd(
                 0 if z_ref is None else kl.data_ptr() + 4 * begin,
                 upstream.data_ptr() + 4 * begin,
                 n,
+                dz.data_ptr(),
+                dz.dtype == torch.bfloat16,
+                dz.stride(0),
             )
             if dhidden is not None:
-                z[inside:size].zero_()  # the last tile's padding, never in the way of a real row
-                dhidden[begin : begin + size].addmm_(z[:size, :count], head[:count])
+                if inside < size:  # the last tile's padding, never in the way of a real row
+                    dz[inside:size].zero_()
+                walk.add_product(dhidden, dz, head, begin, size, count)
             if dhead is not None:
                 assert rows is not None
-                dz, x = z[:inside, :count], rows[begin : begin + inside, :D]
-                if begin == 0:
-                    torch.mm(dz.t(), x, out=dhead)
-                else:
-                    dhead.addmm_(dz.t(), x)
+                x = rows[begin : begin + inside, :D]
+                multiply(dhead, dz[:inside, :count].t(), x, adds=begin > 0)
             if dbias is not None:
-                dbias[first : first + count] += z[:inside, :count].sum(0)
+                dbias[first : first + count] += dz[:inside, :count].sum(0, dtype=torch.float32)
         if dweight is not None and dhead is not None and dhead.dtype != dweight.dtype:
             dweight[first : first + count] = dhead
     if dhidden is not None:
@@ -185,69 +189,104 @@ class _Walk:
         blocks: (first column, columns) of each block.
         stride: columns in the buffers.
         depth: D, or more where D is too small.
+        dtype: of the matrices that are multiplied.
     """
 
     def __init__(self, weight: Tensor, n: int, backward: bool):
         self.weight = weight
         V, D = weight.shape
         self.depth = max(D, LEAST_DEPTH)
-        self.blocks = list(_blocks(V, _columns(_budget_mb())))
-        counts = tuple(sorted({max(count, LEAST_COLUMNS) for _, count in self.blocks}))
+        self.dtype = weight.dtype if takes(weight.dtype) else torch.float32
+        self.blocks, counts = _blocks(V, _columns(_budget_mb()))
         self.stride = max(counts)
-        threads = torch.get_num_threads()
-        self._sizes = _sizes(self.depth, counts, False, threads) if n else ()
-        sizes = _sizes(self.depth, counts, True, threads) if n and backward else self._sizes
-        self.tiles = _tiles(n, sizes)
+        sizes = functools.partial(_sizes, self.depth, counts)
+        here = (torch.get_num_threads(), self.dtype)
+        self._forward = sizes(False, *here) if n else {}
+        self._backward = sizes(True, *here) if n and backward else self._forward
+        self.tiles = _tiles(n, tuple(self._backward))
         self.padded = sum(size for _, size in self.tiles)
         largest = max((size for _, size in self.tiles), default=0)
         self._shape = (largest, self.stride)
         self._buffers: list[Tensor] = []
         self._head: Tensor | None = None
+        dense = weight.stride(1) == 1 and weight.stride(0) >= D
+        alike = weight.dtype == self.dtype and D == self.depth
+        self._as_it_is = alike and (dense or self.dtype == torch.float32)
 
     def pack(self, rows: Tensor, kept: Tensor | None) -> Tensor:
-        """(padded, depth) float32: the rows that count, and zeros."""
+        """(padded, depth): the rows that count, and zeros."""
         rows = rows if kept is None else rows[kept]
-        if rows.dtype == torch.float32 and rows.shape == (self.padded, self.depth):
+        if rows.dtype == self.dtype and rows.shape == (self.padded, self.depth):
             return rows.contiguous()
-        packed = torch.zeros(self.padded, self.depth, **_FLOAT)
+        packed = torch.zeros(self.padded, self.depth, dtype=self.dtype, device="cpu")
         packed[: rows.shape[0], : rows.shape[1]] = rows
         return packed
 
     def head(self, first: int, count: int) -> Tensor:
-        """(count or LEAST_COLUMNS, depth) float32: a block of the weight."""
+        """(count or LEAST_COLUMNS, depth): a block of the weight."""
         block = self.weight[first : first + count]
-        D = block.shape[1]
-        enough = count >= LEAST_COLUMNS and D == self.depth
-        if enough and block.dtype == torch.float32:
+        if self._as_it_is and count >= LEAST_COLUMNS:
             return block
         if self._head is None:
-            self._head = torch.zeros(self.stride, self.depth, **_FLOAT)
-        self._head[:count, :D] = block
+            self._head = torch.zeros(self.stride, self.depth, dtype=self.dtype, device="cpu")
+        self._head[:count, : block.shape[1]] = block
         return self._head[: max(count, LEAST_COLUMNS)]
 
     def products(
-        self, rows: Tensor | None, ref_rows: Tensor | None, head: Tensor, begin: int, inside: int
+        self,
+        rows: Tensor | None,
+        ref_rows: Tensor | None,
+        head: Tensor,
+        begin: int,
+        inside: int,
+        parts: Sequence[Tensor | None] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
-        """The products of ``inside`` rows, and of no more behind them than a tile here needs."""
-        size = min(s for s in self._sizes if s >= inside)
+        """The products of ``inside`` rows, and of no more behind them than a tile here needs: in
+        ``parts`` where they fit, or else in the buffers."""
+        size = min(s for s in self._forward if s >= inside)
         out: list[Tensor | None] = [None, None]
-        for i, x in enumerate((rows, ref_rows)):
-            if x is not None:
-                out[i] = self._buffer(i)
-                torch.mm(
-                    x[begin : begin + size], head.t(), out=self._buffer(i)[:size, : head.shape[0]]
-                )
+        for i, (x, part) in enumerate(zip((rows, ref_rows), parts, strict=True)):
+            if x is None:
+                continue
+            fits = part is not None and part.dtype == torch.float32
+            if not fits or part.shape[0] < size or part.shape[1] < head.shape[0]:
+                part = self._buffer(i)
+            multiply(
+                part[:size, : head.shape[0]],
+                x[begin : begin + size],
+                head.t(),
+                piece=self._forward[size].forward,
+            )
+            out[i] = part
         assert out[0] is not None
         return out[0], out[1]
 
     def restore(self, saved: Tensor, ref_saved: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits as they were in forward, in the buffers."""
+        """Logits as they were in forward: where they are, or else in the buffers."""
+        if saved.dtype == torch.float32:
+            return saved, ref_saved
         out = [None if s is None else self._buffer(i) for i, s in enumerate((saved, ref_saved))]
         for buffer, store in zip(out, (saved, ref_saved), strict=True):
             if buffer is not None and store is not None:
                 buffer[: store.shape[0], : store.shape[1]] = store
         assert out[0] is not None
         return out[0], out[1]
+
+    def dlogits(self) -> Tensor:
+        """What the gradients of a pair's logits are written to: the buffer that may hold these."""
+        buffer = self._buffer(0)
+        return buffer if self.dtype == torch.float32 else buffer.view(self.dtype)
+
+    def add_product(
+        self, dhidden: Tensor, dz: Tensor, head: Tensor, begin: int, size: int, count: int
+    ) -> None:
+        multiply(
+            dhidden[begin : begin + size],
+            dz[:size, :count],
+            head[:count],
+            adds=True,
+            piece=self._backward[size].backward,
+        )
 
     def _buffer(self, i: int) -> Tensor:
         while len(self._buffers) <= i:
@@ -265,16 +304,15 @@ def _columns(budget_mb: float) -> int:
     return max(LEAST_COLUMNS, min(COLUMNS, affordable))
 
 
-def _blocks(V: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Blocks of nearly one size, multiples of 16 but for the last, so that no block is tiny."""
+@functools.cache
+def _blocks(V: int, columns: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Blocks of nearly one size, multiples of 16 but for the last, so that no block is tiny; and
+    how many columns their products have, each number once."""
     units = -(-V // 16)
     number = -(-V // columns)
-    first = 0
-    for i in range(number):
-        count = 16 * (units * (i + 1) // number - units * i // number)
-        count = min(count, V - first)
-        yield first, count
-        first += count
+    edges = [min(16 * (units * i // number), V) for i in range(number + 1)]
+    blocks = [(a, b - a) for a, b in itertools.pairwise(edges)]
+    return blocks, tuple(sorted({max(count, LEAST_COLUMNS) for _, count in blocks}))
 
 
 def _tiles(n: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -289,32 +327,32 @@ def _tiles(n: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return tiles
 
 
+class _Pieces(NamedTuple):
+    """How much of the inner size BLAS gets at once (0: all of it)."""
+
+    forward: int
+    backward: int
+
+
 @functools.cache
 def _sizes(
-    depth: int, counts: tuple[int, ...], backward: bool, num_threads: int
-) -> tuple[int, ...]:
-    """Sizes of tiles, largest first, for which BLAS rounds a row alike wherever it sits.
+    depth: int,
+    counts: tuple[int, ...],
+    backward: bool,
+    num_threads: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, _Pieces]:
+    """Sizes of tiles, largest first, that BLAS can be made to round alike wherever a row sits.
 
-    Which ones do depends on the library, the processor, the number of threads and the shape, and is
-    documented nowhere: so the products of one tile are compared, once a shape. Those of backward
-    sum over the columns of a block, and agree for fewer sizes than those over the depth.
+    The products of backward sum over the columns of a block, and may agree for fewer sizes than
+    those over the depth.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    products = [(depth, count, False) for count in counts]
-    if backward:
-        products += [(count, depth, True) for count in counts]
-    agreeing = set(SMALLER)
-    for inner, outer, transposed in products:
-        x = torch.randn(ROWS, inner, generator=generator, **_FLOAT)
-        w = torch.randn(outer, inner, generator=generator, **_FLOAT)
-        w = w.t().contiguous().t() if transposed else w  # as in addmm_(dz, head)
-        large = torch.zeros(ROWS, outer, **_FLOAT).addmm_(x, w.t())
-        for size in sorted(agreeing):
-            for rows in (slice(None, size), slice(-size, None)):
-                small = torch.zeros(size, outer, **_FLOAT).addmm_(x[rows], w.t())
-                if not torch.equal(large[rows], small):
-                    agreeing.discard(size)
-    return (ROWS, *sorted(agreeing, reverse=True))
+    rest = (dtype, num_threads)
+    there = pieces((ROWS, *SMALLER), depth, counts, False, *rest)
+    if not backward:
+        return {size: _Pieces(piece, 0) for size, piece in there.items()}
+    back = pieces((ROWS, *SMALLER), depth, counts, True, *rest)
+    return {s: _Pieces(piece, back[s]) for s, piece in there.items() if s in back}
 
 
 registry.register(
