@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import recording, registry
+from hydra_kernels.backends.cpu import linear_logprob as cpu
 from hydra_kernels.backends.logprob_inputs import LogprobInputs, LogprobKept
 from hydra_kernels.backends.reference import linear_logprob as reference
 from hydra_kernels.ops.once import once
@@ -36,7 +37,7 @@ def linear_logprob(
     softcap: float | None = None,
     ref_hidden: Tensor | None = None,
     ignore_index: int = -100,
-    memory: str = "recompute",
+    memory: str = "auto",
     backend: str | None = None,
 ) -> LinearLogprob:
     """Log-probability of each target, with the entropy and the KL of the whole distribution.
@@ -63,7 +64,9 @@ def linear_logprob(
         ignore_index: Rows with this target give 0 and get no gradient, whatever they hold.
         memory: "recompute" makes the logits once more in backward; "save" keeps them, (M, V) in the
             dtype of hidden, which costs that memory and saves a product. In half precision "save"
-            rounds them, in the forward too.
+            rounds them, in the forward too. "auto" saves where that is small and changes no bit:
+            float32 logits on a CPU, of hidden and ref_hidden together at most a quarter of
+            HYDRA_LOGPROB_BUDGET_MB (16 MiB by default), where D is 256 or more; else it recomputes.
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
 
     Returns:
@@ -82,8 +85,10 @@ def linear_logprob(
         ref_hidden = None if ref_hidden is None else ref_hidden.to(dtype)
     _check(hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index)
 
-    if memory not in ("recompute", "save"):
-        raise ValueError(f"{_OP}: memory must be 'recompute' or 'save', got {memory!r}")
+    if memory not in ("auto", "recompute", "save"):
+        raise ValueError(
+            f"{_OP}: memory must be 'recompute' or 'save', got {memory!r} ('auto' chooses)"
+        )
 
     rows = hidden.reshape(-1, hidden.shape[-1])
     ref_rows = None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape)
@@ -108,7 +113,7 @@ def linear_logprob(
             0.0 if softcap is None else float(softcap),
             ref_rows,
             ignore_index,
-            memory == "save" and torch.is_grad_enabled(),
+            _saves(memory, chosen, rows, weight, bias, ref_rows),
             chosen,
         )
         if recording.watched():
@@ -118,6 +123,22 @@ def linear_logprob(
         if ref_rows is None:
             out = (*out[:3], None, None)
     return LinearLogprob(*(None if t is None else t.reshape(targets.shape) for t in out))
+
+
+def _saves(
+    memory: str,
+    chosen: str,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_rows: Tensor | None,
+) -> bool:
+    if memory == "recompute" or not torch.is_grad_enabled():
+        return False
+    if memory == "save":
+        return True
+    differentiated = any(t is not None and t.requires_grad for t in (rows, weight, bias))
+    return chosen == "cpu" and differentiated and cpu.saves_unasked(rows, weight, ref_rows)
 
 
 def _check(
@@ -175,6 +196,9 @@ def _check(
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"{_OP}: softcap must be above 0 or None, got {softcap}")
     if targets.device.type == "cpu" and targets.numel() and recording.readable(targets):
+        lowest, highest = targets.aminmax()
+        if lowest >= 0 and highest < weight.shape[0]:
+            return
         bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))]
         if bad.numel():
             raise ValueError(
