@@ -309,7 +309,7 @@ def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
         scaling = scaling.detach()
         scales = tuple(scaling) if scaling.dim() > 0 else (scaling,) * n
     elif isinstance(scaling, Sequence):
-        scales = tuple(scaling)
+        scales = tuple([s.detach() if isinstance(s, Tensor) else s for s in scaling])
     else:
         scales = (scaling,) * n
     if len(scales) != n:

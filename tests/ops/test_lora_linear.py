@@ -320,8 +320,9 @@ def test_scaling_in_tensors(backend, ids):
     for tensors, numbers in ((one, 0.5), (two, [0.5, 0.75]), ([0.5, two[1]], [0.5, 0.75])):
         for a, b in zip(run(tensors), run(numbers), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    y = lora_linear(x, weight, lora_a, lora_b, two, adapter_ids=ids, backend=backend)
-    assert not y.requires_grad
+    for scaling in (one, two, [two[1], 0.5]):
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, adapter_ids=ids, backend=backend)
+        assert not y.requires_grad
 
 
 @pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "triton"])
