@@ -27,7 +27,7 @@ def default_lora_config(causal_lm: Any, **settings) -> peft.LoraConfig:
     Raises:
         UserError: ``target_modules`` lists a name that no layer has.
     """
-    trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+    trunk = trunks.trunk_of(causal_lm)
     targets = settings.get("target_modules")
     if targets is None:
         settings["target_modules"] = linear_names(trunk)

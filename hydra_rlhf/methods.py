@@ -30,7 +30,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
 from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
 from hydra_rlhf.roles import check_roles
-from hydra_rlhf.trunk import Prefix, blocks, flops, live_width
+from hydra_rlhf.trunk import Prefix, blocks, flops, live_width, trunk_of
 
 # Prefixes of the distinct models, keyed by their position in MethodModels.distinct.
 Prefixes = Mapping[int, Prefix]
@@ -442,7 +442,7 @@ def lora_config_of(lora: LoraSettings, causal_lm: Any):
         UserError: it asks for layers or modules that the model does not have.
     """
     lora.validate_lora()
-    trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+    trunk = trunk_of(causal_lm)
     count = len(blocks(trunk))
     layers = lora.lora_layers_to_transform
     if lora.lora_last_k is not None:

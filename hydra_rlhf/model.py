@@ -166,7 +166,7 @@ class HydraModel(nn.Module):
     @property
     def trunk(self) -> Any:
         """The decoder without its head, as ``AutoModel`` gives it."""
-        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+        return trunks.trunk_of(self.causal_lm)
 
     @property
     def config(self) -> transformers.PretrainedConfig:

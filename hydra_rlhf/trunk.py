@@ -65,6 +65,13 @@ class Prefix:
         return replace(self, hidden=host)
 
 
+def trunk_of(causal_lm: Any) -> Any:
+    """The decoder of a causal LM without its head."""
+    found = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    # Gemma 3's, in transformers 4.56.0, is not under the name that its class says.
+    return causal_lm.model if found is None else found
+
+
 def blocks(trunk: Any) -> nn.ModuleList:
     """The list of decoder blocks inside ``trunk``.
 
