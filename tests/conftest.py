@@ -38,6 +38,15 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _gradients_stay_on():
+    """A test that leaves them off fails, and not those that come after it."""
+    yield
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on, "the test left gradients switched off"
+
+
+@pytest.fixture(autouse=True)
 def _logger_levels():
     """What a test silences (the fuzzer, a benchmark) speaks again in the next one's caplog."""
     loggers = [logging.getLogger(name) for name in ("hydra_kernels", "hydra_rlhf")]

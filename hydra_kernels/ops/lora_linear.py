@@ -250,9 +250,9 @@ def _select(
 ) -> str:
     """registry.select, remembered on a CPU, whose backends ask for devices and dtypes alone."""
     if (
-        not x.is_cpu
+        torch.compiler.is_compiling()
+        or not x.is_cpu
         or type(x) not in registry.PLAIN
-        or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     ):

@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hydra_kernels.peft as hydra_peft
 from hydra_kernels.peft import siblings
@@ -17,25 +16,19 @@ M, K, R = 4096, 2048, 16
 MIB = 2**20
 
 
-class Results(TorchDispatchMode):
-    """What any operator made, and whether it is still there: saved tensors, or held otherwise."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, torch.Tensor):
-                storage = each.untyped_storage()
-                self.storages[storage.data_ptr()] = weakref.ref(storage), storage.nbytes()
-        return result
-
-    def bytes_alive(self, but):
-        but = {t.untyped_storage().data_ptr() for t in but}
-        alive = [n for p, (held, n) in self.storages.items() if held() is not None and p not in but]
-        return sum(alive)
+def held(node, seen):
+    """Tensors that a graph's nodes hold besides what autograd saves, as attributes of a ctx."""
+    if node is None or node in seen:
+        return []
+    seen.add(node)
+    found = [
+        t
+        for t in tree_leaves(list(getattr(node, "__dict__", {}).values()))
+        if isinstance(t, torch.Tensor)
+    ]
+    for parent, _ in node.next_functions:
+        found += held(parent, seen)
+    return found
 
 
 class Three(nn.Module):
@@ -52,10 +45,14 @@ def saved(model, x, autocast):
     mode = contextlib.nullcontext()
     if autocast:
         mode = torch.autocast("cpu", getattr(torch, autocast))
-    results = Results()
-    with mode, results:
+    kept = []
+    with mode, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ys = model(x)
-    return results.bytes_alive([x, *ys, *model.parameters()])
+    seen = set()
+    kept += [t for y in ys for t in held(y.grad_fn, seen)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    given = {t.untyped_storage().data_ptr() for t in (x, *ys, *model.parameters())}
+    return sum(n for pointer, n in storages.items() if pointer not in given)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -194,11 +194,12 @@ def test_no_pass_of_a_role_has_dropout():
     model = make_model("gpt2", trained=True, layers_to_transform=[1, 2], lora_dropout=0.5).train()
     ids, mask, _ = batch(padded=False)
 
+    @torch.no_grad()
     def passes():
-        with torch.no_grad():
-            yield from (model.forward_role(role, ids, mask) for role in ROLES)
-            yield model.compute_prefix(ids, mask).hidden
-            yield model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+        outputs = [model.forward_role(role, ids, mask) for role in ROLES]
+        outputs.append(model.compute_prefix(ids, mask).hidden)
+        sampling = {"max_new_tokens": 20, "do_sample": False}
+        return [*outputs, model.generate(ids, attention_mask=mask, **sampling)]
 
     for first, second in zip(passes(), passes(), strict=True):
         assert torch.equal(first, second)

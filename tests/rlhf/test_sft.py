@@ -50,6 +50,9 @@ class Words:
     def __call__(self, texts, add_special_tokens=True):
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
 
 def pairs(count):
     generator = torch.Generator().manual_seed(1)

@@ -37,10 +37,12 @@ def unsupported(
     """``tensors`` are the weights and biases, and the adapters."""
     reasons = registry.wrong_device("cpu", x, ids, seed, *tensors)
     found = {t.dtype for t in (x, *tensors) if t is not None}
-    if found - _DTYPES.keys() and found != {torch.float64}:
+    # A loop, because torch.compile of torch 2.11 cannot trace a set less a dict's keys.
+    others = [dtype for dtype in found if dtype not in _DTYPES]
+    if others and found != {torch.float64}:
         names = ", ".join(sorted(str(dtype) for dtype in found))
         reasons.append(f"needs float32, bfloat16 and float16, or float64 alone, got {names}")
-    elif seed is not None and found - _DTYPES.keys():
+    elif seed is not None and others:
         reasons.append("has no dropout in float64")
     return reasons
 
