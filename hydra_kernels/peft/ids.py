@@ -118,14 +118,15 @@ class KeepingCheckpoint:
 
 
 def _keep(current: Current, function: Callable) -> Callable:
-    ids, index, only = current.ids, current.index, current.only
+    now = current.now
+    ids, index, only = now.ids, now.index, now.only
 
     def with_ids_of_forward(*args: Any, **kwargs: Any) -> Any:
-        before = current.replace(ids, index, backward_pass(), only)
+        before = current.now.replace(ids, index, backward_pass(), only)
         try:
             return function(*args, **kwargs)
         finally:
-            current.replace(*before)
+            current.now.replace(*before)
 
     return with_ids_of_forward
 
@@ -198,11 +199,11 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         if self._ids is not None:
             known.usage.used = True
         known.wrap_checkpoints()
-        before = known.current.replace(self._ids, known.index, backward_pass(), self._only)
+        before = known.current.now.replace(self._ids, known.index, backward_pass(), self._only)
         self._before.append(before)
 
     def __exit__(self, *exception: object) -> None:
-        self._model.current.replace(*self._before.pop())
+        self._model.current.now.replace(*self._before.pop())
 
 
 def _current_of(model: nn.Module) -> Current:

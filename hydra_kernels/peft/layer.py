@@ -36,7 +36,7 @@ class FusedLinear(lora.Linear):
     _group: Group | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        current = self._current
+        current = self._current.now
         if current.entered_in == NO_BACKWARD and self._usage.used:
             self._refuse_unknown_ids()
         if current.ids is not None and not self._disable_adapters:
@@ -54,7 +54,7 @@ class FusedLinear(lora.Linear):
         return self._fast_forward(x, names, owners, None, None, dropout, len(names))
 
     def _replicate_for_data_parallel(self) -> Any:
-        if self._current.ids is not None:
+        if self._current.now.ids is not None:
             raise RuntimeError(
                 "adapter_ids are seen by the thread that entered them alone, and DataParallel runs "
                 "its replicas in others: use DistributedDataParallel"
@@ -196,10 +196,10 @@ class FusedLinear(lora.Linear):
         if dropout is not None:
             if not names:
                 return self.base_layer(x)
-            everywhere = not torch.compiler.is_compiling() and index is self._current.only
+            everywhere = not torch.compiler.is_compiling() and index is self._current.now.only
             on_rows = None if everywhere else ids
             return self._fast_forward(
-                x, names, owners, on_rows, index, dropout, len(self._current.index)
+                x, names, owners, on_rows, index, dropout, len(self._current.now.index)
             )
         return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
 
@@ -208,11 +208,11 @@ class FusedLinear(lora.Linear):
         compiling = torch.compiler.is_compiling()
         if ids.dim() < x.dim() and ids.shape == x.shape[: ids.dim()]:
             if x.dim() > 2 and not compiling:
-                self._current.tokens = x.shape[:-1].numel()
+                self._current.now.tokens = x.shape[:-1].numel()
             return ids
         rows = x.shape[0]
         # Routed experts see rows in another order: only as many as the sequences have are theirs.
-        whole = rows % max(ids.numel(), 1) == 0 if compiling else rows == self._current.tokens
+        whole = rows % max(ids.numel(), 1) == 0 if compiling else rows == self._current.now.tokens
         if x.dim() != 2 or not whole or ids.numel() == 0:
             raise ValueError(
                 f"adapter_ids: {tuple(ids.shape)} is no leading part of {tuple(x.shape[:-1])} "

@@ -18,7 +18,7 @@ class GatedModulesToSave(ModulesToSaveWrapper):
     _current = Current()  # shadowed on the instance
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        current = self._current
+        current = self._current.now
         if current.ids is None or self._disable_adapters:
             return super().forward(*args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:

@@ -105,7 +105,7 @@ class Group:
         if (
             layer is not self.members[0]()
             or x.numel() < LEAST_NUMEL
-            or (ids is not None and ids is not layer._current.ids)  # made for this call alone
+            or (ids is not None and ids is not layer._current.now.ids)  # made for this call alone
             or x.is_inference()  # without versions a change of x would not be seen
             or not self._called_by_parent()
         ):

@@ -302,7 +302,7 @@ def test_a_model_that_moved_has_its_ids_there():
         pass
     with adapter_ids(model.to("meta"), 1):
         layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
-        assert layer._current.ids.device.type == "meta"
+        assert layer._current.now.ids.device.type == "meta"
     assert adapter_ids(model, ["one"])._ids.device.type == "meta"
 
 
@@ -332,7 +332,7 @@ def test_rows_that_are_not_those_of_the_sequences_are_refused():
         assert layer(torch.randn(0, 4, layer.in_features)).shape == (0, 4, layer.out_features)
         layer(torch.randn(0, layer.in_features))
     with pytest.raises(ValueError, match="no leading part"), adapter_ids(model, nothing):
-        layer._current.tokens = 4
+        layer._current.now.tokens = 4
         layer(torch.randn(4, layer.in_features))
 
 
