@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import threading
 
 import pytest
 import torch
@@ -21,21 +22,37 @@ class On:
 @pytest.fixture
 def cuda(monkeypatch):
     """Two devices of which the first is current, streams by number, and no capture."""
-    state = {"stream": 1, "capturing": False}
+    state = {"stream": 1, "capturing": False, "made": []}
 
     class Stream:
         def __init__(self, device):
             self.cuda_stream = (device.index, state["stream"])
 
-    def zeros(*size, dtype, device):
-        return real(*size, dtype=dtype, device="cpu")
+        def synchronize(self):
+            state["made"].append("waited")
 
-    real = torch.zeros
-    monkeypatch.setattr(launch, "_tickets", {})
+    def on_the_cpu(real):
+        def make(*size, dtype, device):
+            at = threading.get_ident(), torch.is_inference_mode_enabled(), state.get("entered")
+            state["made"].append(at)
+            return real(*size, dtype=dtype, device="cpu")
+
+        return make
+
+    @contextlib.contextmanager
+    def entered(stream):
+        state["entered"] = stream.cuda_stream
+        yield
+        del state["entered"]
+
+    for name in ("_tickets", "_constants", "_captured"):
+        monkeypatch.setattr(launch, name, {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch, "zeros", on_the_cpu(torch.zeros))
+    monkeypatch.setattr(torch, "empty", on_the_cpu(torch.empty))
     return state
 
 
@@ -108,25 +125,59 @@ def test_a_gpu_that_is_too_old_is_a_reason(capability, refused, monkeypatch):
         assert "was built for sm_80, sm_90a, got a GPU of sm_75" in found[0][0]
 
 
-def test_a_captured_graph_keeps_what_the_plan_s_cache_forgets(cuda, monkeypatch):
+def test_what_is_kept_is_made_outside_of_the_thread_s_pool_and_modes(cuda):
+    """torch.compile's CUDA graphs warm up in a pool, and refuse one that something is left in."""
+    cuda["stream"] = 5
+    with torch.inference_mode():
+        ticket = launch.ticket(torch.device("cuda", 1))
+    ((thread, inference, stream),) = cuda["made"]
+    assert thread != threading.get_ident() and not inference and stream == (1, 5)
+    assert not ticket.is_inference()
+    with pytest.raises(ZeroDivisionError):
+        launch.lasting(torch.device("cuda", 0), lambda: 1 // 0)
+
+
+KEY = lora_plan.Plan((2,), (0, 1), (2.0, 0.5), 2, 0.0), (2, 1), torch.float32
+
+
+def test_a_plan_s_columns_are_made_once_and_done_before_another_stream_reads_them(cuda):
+    device = torch.device("cuda", 0)
+    owner, scale = lora_plan.columns(*KEY, device)
+    assert owner.tolist() == [0, 0, 1] and scale.tolist() == [2.0, 2.0, 0.5]
+    assert cuda["made"][-1] == "waited"
+    assert lora_plan.columns(*KEY, device)[0] is owner and len(cuda["made"]) == 3
+    assert lora_plan.columns(*KEY, torch.device("cuda", 1))[0] is not owner
+
+
+def test_a_captured_graph_keeps_what_the_cache_forgets(cuda):
     """The owners and scales of a plan: a graph holds their address alone."""
-    made = []
-
-    def pair(*key):
-        made.append((torch.ones(1), torch.ones(1)))
-        return made[-1]
-
-    monkeypatch.setattr(lora_plan, "_columns", pair)
-    monkeypatch.setattr(lora_plan, "_captured", {})
-    key = lora_plan.Plan((1,), (0,), (2.0,), 1, 0.0), (8,), torch.float32
-    lora_plan.columns(*key, torch.device("cuda", 0))
-    lora_plan.columns(*key, torch.device("cpu"))
-    assert not lora_plan._captured
+    device = torch.device("cuda", 0)
+    known = lora_plan.columns(*KEY, device)
+    assert not launch._captured
     cuda["capturing"] = True
-    lora_plan.columns(*key, torch.device("cpu"))
-    assert not lora_plan._captured
-    lora_plan.columns(*key, torch.device("cuda", 0))
-    assert list(lora_plan._captured.values()) == [made[-1]]
+    assert lora_plan.columns(*KEY, device) is known
+    assert list(launch._captured.values()) == [known]
+    lora_plan.columns(*KEY, torch.device("cpu"))
+    assert len(launch._captured) == 1
+
+
+def test_a_captured_graph_fills_what_nobody_has_made_before(cuda):
+    """In its own memory, which nobody else may be given, and without a wait."""
+    device = torch.device("cuda", 0)
+    cuda["capturing"] = True
+    found = [lora_plan.columns(*KEY, device) for _ in range(2)]
+    assert found[0][0] is not found[1][0] and found[0][0].tolist() == [0, 0, 1]
+    assert "waited" not in cuda["made"] and not launch._constants and not launch._captured
+
+
+@pytest.mark.parametrize("values", [[], [3], [1, 1, 2, 2, 2, 1], [0.5, -1.0, -1.0]])
+def test_a_table_is_filled_on_its_device(cuda, values, monkeypatch):
+    dtype = torch.float32 if 0.5 in values else torch.int64
+    here = launch.table(values, dtype, torch.device("cpu"))
+    assert here.tolist() == values and here.dtype == dtype
+    monkeypatch.setattr(torch, "tensor", None)  # whose copy from the host waits
+    there = launch.table(values, dtype, torch.device("cuda", 0))
+    assert there.tolist() == values and there.dtype == dtype
 
 
 def test_what_a_gpu_is_asked_is_a_constant_to_compilers(monkeypatch):

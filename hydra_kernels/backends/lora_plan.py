@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hydra_kernels.backends import launch
+
 
 class Plan(NamedTuple):
     """Which adapters belong to which projection, and when they run.
@@ -30,30 +32,25 @@ class Plan(NamedTuple):
         return tensors[start : start + self.counts[projection]]
 
 
-_captured: dict[int, tuple[Tensor, Tensor]] = {}
-
-
 def columns(
     plan: Plan, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(sum R,) each: the owner and the scale of every column of s."""
-    found = _columns(plan, ranks, dtype, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph reads them at each replay, and knows no more of them than where they are.
-        _captured[id(found)] = found
-    return found
+    if device.type == "cuda":
+        key = (columns, plan, ranks, dtype, device)
+        return launch.constant(key, device, lambda: _made(plan, ranks, dtype, device))
+    return _columns(plan, ranks, dtype, device)
 
 
-@functools.lru_cache(maxsize=4096)
-def _columns(
+def _made(
     plan: Plan, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     owners = [o for o, rank in zip(plan.owners, ranks, strict=True) for _ in range(rank)]
     scales = [s for s, rank in zip(plan.scales, ranks, strict=True) for _ in range(rank)]
-    return (
-        torch.tensor(owners, dtype=torch.int64, device=device),
-        torch.tensor(scales, dtype=dtype, device=device),
-    )
+    return launch.table(owners, torch.int64, device), launch.table(scales, dtype, device)
+
+
+_columns = functools.lru_cache(maxsize=4096)(_made)
 
 
 @functools.lru_cache(maxsize=4096)

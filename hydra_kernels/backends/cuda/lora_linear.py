@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydra_kernels.backends import extension, registry
+from hydra_kernels.backends import extension, launch, registry
 from hydra_kernels.backends.cuda.device import wrong_device
 from hydra_kernels.backends.lora_plan import Plan, columns, concatenated
 
@@ -50,12 +50,7 @@ def unsupported_group(*tensors: Tensor | None) -> list[str]:
 
 def _counters_of(device: torch.device) -> Tensor:
     """(3,) int32 zeros, which every launch leaves at zero; one a stream, one a captured graph."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(3, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(3, dtype=torch.int32, device=device)
-    return _counters[key]
+    return launch.counters(_counters, 3, device)
 
 
 def fwd(

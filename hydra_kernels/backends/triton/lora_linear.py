@@ -19,7 +19,6 @@ forward).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,10 +69,15 @@ class _Gates:
         start, stop = self.part
         if self.ids is None or stop - start <= block:
             return None
-        return _spans(self.plan, self.adapter_ranks, start, stop, self.owner.device)
+        device = self.owner.device
+        if device.type != "cuda":
+            return _spans(self.plan, self.adapter_ranks, start, stop, device)
+        key = (_Gates, self.plan, self.adapter_ranks, start, stop, device)
+        return launch.constant(
+            key, device, lambda: _spans(self.plan, self.adapter_ranks, start, stop, device)
+        )
 
 
-@functools.lru_cache(maxsize=4096)
 def _spans(
     plan: Plan, ranks: tuple[int, ...], start: int, stop: int, device: torch.device
 ) -> Tensor:
@@ -81,7 +85,8 @@ def _spans(
     spans = [[stop - start, 0] for _ in range(plan.num_adapters)]
     for rank, owner in enumerate(owners[start:stop]):
         spans[owner] = [min(spans[owner][0], rank), rank + 1]
-    return torch.tensor(spans, dtype=torch.int32, device=device)
+    flat = [end for span in spans for end in span]
+    return launch.table(flat, torch.int32, device).view(-1, 2)
 
 
 def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | None) -> Tensor:
