@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 import hydra_kernels.peft
 from hydra_kernels.nn import LMHead
 from hydra_rlhf import trunk as trunks
+from hydra_rlhf.attention import without_cudnn
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.lora import copy_adapter, default_lora_config, linear_names
 from hydra_rlhf.pretrained import (
@@ -98,6 +99,7 @@ class HydraModel(nn.Module):
         reference_adapter: str | None = None,
     ):
         super().__init__()
+        without_cudnn()
         adapters = tuple(adapters)
         known = ((), ("actor",), ("critic",), ("joint",), ("actor", "critic"))
         if adapters not in known:
