@@ -195,6 +195,9 @@ def prefill_masks(mask: Tensor, dtype: torch.dtype, window: int | None) -> tuple
     slots = torch.arange(P, device=mask.device)
     lowest = torch.finfo(dtype).min
     seen = (slots <= slots[:, None]) & (mask != 0)[:, None, None]
+    # Padding sees itself, for some kernels give NaN where nothing is seen; nobody reads what it
+    # sees, but 0 times NaN would be NaN.
+    seen = seen | (slots == slots[:, None])
     full = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, lowest)
     if window is None or window >= P:
         return full, full

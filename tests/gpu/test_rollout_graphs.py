@@ -19,7 +19,9 @@ PLAIN = Sampling(20, 0.7, (EOS, 13), PAD)
 
 
 def gpu_model(family: str, dtype=torch.float32, **options):
-    return make_model(family, ("joint",), trained=True, **options).to("cuda", dtype)
+    model = make_model(family, ("joint",), trained=True, **options)
+    model.base.to(dtype)  # the heads stay float32
+    return model.to("cuda")
 
 
 def gpu_prompts():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hydra_kernels.nn import LMHead
-from hydra_rlhf.decode_state import State
+from hydra_rlhf.decode_state import State, prefill_masks
 from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.rollout import Sampling, generate, pad_left
 from tests.rlhf.families import EOS, FAMILIES, PAD, make_model
@@ -201,3 +201,13 @@ def test_under_autocast_padding_stays_finite(family):
     assert out.prefix.hidden.isfinite().all()
     # 8 bits of mantissa through three blocks
     torch.testing.assert_close(out.logprobs, scored.logprobs, rtol=0, atol=0.15)
+
+
+def test_every_position_of_a_prompt_sees_one_and_tokens_see_no_padding():
+    """Nothing seen is NaN to some kernels of attention, and that spreads as 0 times NaN."""
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    for masks in prefill_masks(mask, torch.float32, 2), prefill_masks(mask, torch.float32, None):
+        for seen in (each.squeeze(1) == 0 for each in masks):
+            assert seen.any(-1).all()
+            assert not seen[0, 3:, :3].any() and seen[0, 5, 4:].all()
+            assert not seen.triu(1).any()
