@@ -30,6 +30,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_bf16_tiles", &hydra::cpu::has_bf16_tiles);
   m.def("lora_linear_fwd_cpu", &hydra::cpu::lora_linear_fwd, release_gil());
   m.def("lora_linear_bwd_cpu", &hydra::cpu::lora_linear_bwd, release_gil());
+  m.def("lora_linear_few_fwd_cpu", &hydra::cpu::lora_linear_few_fwd, release_gil());
+  m.def("lora_linear_few_bwd_cpu", &hydra::cpu::lora_linear_few_bwd, release_gil());
   m.def("lora_linear_merged_cpu", &hydra::cpu::lora_linear_merged, release_gil());
   m.def("lora_linear_only_id_cpu", &hydra::cpu::lora_linear_only_id, release_gil());
   m.def("replay_cpu", &hydra::cpu::replay, release_gil());

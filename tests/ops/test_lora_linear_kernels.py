@@ -270,6 +270,8 @@ for r in (3, 20, 70):
     b.requires_grad_()
     y = lora_linear(x, w, a, b, 0.5, dropout=0.3, seed=7, backend="cpu")
     out += [y.detach(), *torch.autograd.grad(y.square().mean(), (x, a, b))]
+    few = lora_linear(x[:9], w, (a, a), (b, b), 0.5, adapter_ids=torch.arange(9) % 3 - 1)
+    out += [few.detach(), *torch.autograd.grad(few.square().mean(), (x, a, b))]
 torch.save(out, sys.argv[1])
 """
 

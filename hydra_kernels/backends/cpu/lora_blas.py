@@ -1,8 +1,4 @@
-"""LoRA linear layers on a CPU by BLAS alone: float64, and few rows of float32 without ids.
-
-The expanded adapter is written first and the wide product added to it, so that y is not passed over
-again.
-"""
+"""LoRA linear layers on a CPU by BLAS alone: float64, and few rows of float32 without ids."""
 
 from __future__ import annotations
 
@@ -29,13 +25,13 @@ def fwd(
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
     s, alpha = found
     if len(b) == 1:
-        return [_expanded(s, b[0], biases[0], alpha).addmm_(x, weights[0].t())]
+        return [F.linear(x, weights[0], biases[0]).addmm_(s, b[0].t(), alpha=alpha)]
     ys = []
     start = 0
     for p, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         factor = concatenated(plan.of_projection(b, p), 1)
         here = s[:, start : start + factor.shape[1]]
-        ys.append(_expanded(here, factor, bias, alpha).addmm_(x, weight.t()))
+        ys.append(F.linear(x, weight, bias).addmm_(here, factor.t(), alpha=alpha))
         start += factor.shape[1]
     return ys
 
@@ -131,11 +127,3 @@ def _gate(s: Tensor, ranks: Sequence[int], plan: Plan, ids: Tensor | None) -> fl
         rows_per_id = s.shape[0] // max(gate.shape[0], 1)
         s.view(gate.shape[0], rows_per_id, s.shape[1]).mul_(gate.unsqueeze(1))
     return 1.0
-
-
-def _expanded(s: Tensor, b: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    if bias is not None:
-        return torch.addmm(bias, s, b.t(), alpha=alpha)
-    if alpha == 1.0:
-        return torch.mm(s, b.t())
-    return torch.addmm(s.new_empty(()), s, b.t(), beta=0.0, alpha=alpha)

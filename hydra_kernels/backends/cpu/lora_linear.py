@@ -4,8 +4,8 @@ csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and torch ad
 to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy
 from memory once for all the small products. Where every row has the same adapter, nothing is
 dropped and there are enough rows, W + scale B A is made in scratch memory instead: that passes over
-W and not over x and y. float64, and rows too few to be worth packing factors for, are BLAS's: see
-lora_blas.py.
+W and not over x and y. float64 is BLAS's alone (lora_blas.py), and so are rows too few to be worth
+packing factors for, or csrc/cpu/lora_few.cpp's.
 
 s is not saved for backward but computed again while x is in the cache for dA.
 """
@@ -25,7 +25,9 @@ from hydra_kernels.backends.lora_plan import Plan, restricted
 
 # As csrc/cpu/floats.h numbers them.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FEW = 8  # rows
+# Rows up to which factors are not packed, measured: with ids, or in backward; without, in forward.
+_FEW, _FEW_BY_BLAS = 16, 64
+_FEW_SUMS = 256  # rows times ranks up to which lora_few.cpp is faster than BLAS in backward
 _MIXED = -2
 _SCRATCH = 4 << 20  # floats that a thread keeps for merged weights: 16 MB
 _local = threading.local()
@@ -47,12 +49,6 @@ def unsupported(
     return reasons
 
 
-def _by_blas(x: Tensor, a: Sequence[Tensor], plan: Plan, ids: Tensor | None) -> bool:
-    if x.dtype is torch.float64:
-        return True
-    return x.shape[0] <= _FEW and ids is None and plan.dropout == 0.0 and _all_float32(x, a)
-
-
 def _all_float32(x: Tensor, a: Sequence[Tensor]) -> bool:
     for t in a:
         if t.dtype is not torch.float32:
@@ -71,8 +67,14 @@ def fwd(
     seed: Tensor | None,  # (2,) int64
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns y (M, N_p) for each projection, and nothing to save."""
-    if _by_blas(x, a, plan, ids):
+    if x.dtype is torch.float64:
         return lora_blas.fwd(x, weights, biases, a, b, plan, ids), None
+    m = x.shape[0]
+    if m <= _FEW_BY_BLAS and plan.dropout == 0.0 and _all_float32(x, a):
+        if ids is None:
+            return lora_blas.fwd(x, weights, biases, a, b, plan, None), None
+        if m <= _FEW:
+            return _few_fwd(_rows(x), weights, biases, a, b, plan, _long(ids)), None
     x, ids = _rows(x), _long(ids)
     if ids is not None:
         only = _only_id(ids, plan)
@@ -118,7 +120,11 @@ def bwd(
     need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Returns dx and the gradients of the adapters, None where not asked for."""
-    if _by_blas(x, a, plan, ids):
+    m = x.shape[0]
+    few = m <= _FEW and plan.dropout == 0.0 and _all_float32(x, a)
+    if few and (ids is not None or m * sum([t.shape[0] for t in a]) <= _FEW_SUMS):
+        return _few_bwd(dys, x, weights, a, b, plan, ids, need_x, need_a, need_b)
+    if few or x.dtype is torch.float64:
         found = lora_blas.bwd(dys, x, weights, a, b, plan, ids, need_x, need_a, need_b)
         if found is not None:
             return found
@@ -187,6 +193,74 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
     )
 
 
+# ---- few rows
+
+
+def _few_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: Plan,
+    ids: Tensor | None,
+) -> list[Tensor]:
+    ys = []
+    projections: list[int] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        y = F.linear(x, weight, bias)
+        ys.append(y)
+        n = weight.shape[0]
+        projections += (n, y.data_ptr(), n, 0)
+    extension.module.lora_linear_few_fwd_cpu(  # type: ignore[union-attr]
+        *_few(x, _factors(a, b, (), (), plan), projections, plan, ids)
+    )
+    return ys
+
+
+def _few_bwd(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: Plan,
+    ids: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    x, ids = _rows(x), _long(ids)
+    das = [t.new_empty(t.shape) if need_a else None for t in a]
+    dbs = [t.new_empty(t.shape) if need_b else None for t in b]
+    dx = None
+    flat = [None if dy is None else _rows(dy) for dy in dys]
+    projections: list[int] = []
+    for dy, weight in zip(flat, weights, strict=True):
+        if dy is None:
+            projections += (weight.shape[0], 0, 0, 0)
+            continue
+        projections += (weight.shape[0], dy.data_ptr(), dy.stride()[0], 0)
+        if need_x:
+            dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+    extension.module.lora_linear_few_bwd_cpu(  # type: ignore[union-attr]
+        *_few(x, _factors(a, b, das, dbs, plan), projections, plan, ids), _address(dx)
+    )
+    return dx, das, dbs
+
+
+def _few(
+    x: Tensor, factors: list[int], projections: list[int], plan: Plan, ids: Tensor | None
+) -> tuple:
+    """What both entries of csrc/cpu/lora_few.cpp take, in their order."""
+    m, k = x.shape
+    at, count = (0, 0) if ids is None else (ids.data_ptr(), ids.numel())
+    return (
+        x.data_ptr(), m, k, x.stride()[0], factors, plan.scales, projections, at, count,
+        plan.num_adapters,
+    )  # fmt: skip
+
+
 # ---- merged weights
 
 
@@ -239,7 +313,7 @@ def _merged(
         weight.stride(0),
         n,
         k,
-        _factors(a, b, (), (), (len(a),), (0,) * len(a)),
+        _factors(a, b, (), (), Plan((len(a),), (0,) * len(a), (), 1, 0.0)),
         scales,
         merged.data_ptr(),
     )
@@ -269,13 +343,12 @@ def _factors(
     b: Sequence[Tensor],
     das: Sequence[Tensor | None],
     dbs: Sequence[Tensor | None],
-    counts: Sequence[int],
-    owners: Sequence[int],
+    plan: Plan,
 ) -> list[int]:
     """The fields of csrc/cpu/lora_layout.h's Adapter, but for the scale, one after the other."""
     factors: list[int] = []
     j = da = db = 0
-    for p, count in enumerate(counts):
+    for p, count in enumerate(plan.counts):
         for _ in range(count):
             each_a, each_b = a[j], b[j]
             if das:
@@ -286,7 +359,7 @@ def _factors(
                 *each_a.stride(),
                 *each_b.stride(),
                 each_a.shape[0],
-                owners[j],
+                plan.owners[j],
                 p,
                 da,
                 db,
@@ -321,7 +394,7 @@ def _arguments(
         _DTYPES[x.dtype],
         *x.shape,
         x.stride()[0],
-        _factors(a, b, das, dbs, plan.counts, plan.owners),
+        _factors(a, b, das, dbs, plan),
         scales,
         projections,
         0 if ids is None else ids.data_ptr(),

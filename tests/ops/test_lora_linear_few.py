@@ -1,0 +1,127 @@
+"""Rows so few that no factor is packed: csrc/cpu/lora_few.cpp, and BLAS."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hydra_kernels import Projection, lora_linear, lora_linear_group
+from tests.ops.test_lora_linear import make_layer
+from tests.ops.test_lora_linear_kernels import KERNELS, leaves
+from tests.ops.test_lora_linear_rows import close, three_ways
+
+pytestmark = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
+
+RANKS = (3, 8, 19)  # below a vector, one, two and an odd end
+IDS = {
+    "no ids": lambda rows: None,
+    "call": lambda rows: torch.tensor(2),
+    "mixed": lambda rows: torch.arange(rows) % 4 - 1,
+    "off": lambda rows: torch.full((rows,), -1),
+}
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("rows", [1, 13])  # 13: in forward more than are taken at once
+def test_as_near_to_float64_as_torch(rows, ids):
+    weight, bias, a, b, scaling = make_layer(29, 37, RANKS)
+    inputs = [torch.randn(rows, 37), weight, bias, *a, *b]
+    settings = (3, scaling, IDS[ids](rows), 0.0, None, torch.randn(rows, 29))
+    if ids == "no ids":
+        inputs, settings = [*inputs[:4], b[0]], (1, scaling[:1], *settings[2:])
+    close(*three_ways(inputs, *settings, backend="cpu"))
+
+
+def test_an_id_stands_for_several_rows_and_rows_that_are_off_keep_the_base_s_bits():
+    weight, bias, a, b, scaling = make_layer(29, 37, RANKS)
+    x, ids = torch.randn(4, 3, 37), torch.tensor([1, -1, 0, 2])
+    y = lora_linear(x, weight, a, b, scaling, adapter_ids=ids, bias=bias, backend="cpu")
+    base = F.linear(x, weight, bias)
+    assert torch.equal(y[1], base[1])
+    for row in (0, 2, 3):
+        i = int(ids[row])
+        torch.testing.assert_close(y[row], base[row] + scaling[i] * x[row] @ a[i].T @ b[i].T)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (3,), (6,), (0, 4), (5, 8)], ids=str)
+def test_some_gradients_alone(wanted):
+    weight, bias, a, b, scaling = make_layer(29, 37, RANKS)
+    tensors = [torch.randn(5, 37), weight, bias, *a, *b]
+    upstream = torch.randn(5, 29)
+
+    def gradients(backend):
+        given = leaves(*tensors)
+        for i, t in enumerate(given):
+            t.requires_grad_(i in wanted)
+        ids = torch.tensor([0, 1, -1, 1, 2])
+        y = lora_linear(
+            *given[:2], given[3:6], given[6:], scaling, adapter_ids=ids, bias=given[2],
+            backend=backend,
+        )  # fmt: skip
+        y.backward(upstream)
+        assert [i for i, t in enumerate(given) if t.grad is not None] == list(wanted)
+        return [given[i].grad for i in wanted]
+
+    for mine, other in zip(gradients("cpu"), gradients("reference"), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("ids", ["no ids", "mixed"])
+def test_strides_do_not_matter(ids):
+    weight, bias, a, b, scaling = make_layer(29, 37, RANKS)
+    x, upstream, ids = torch.randn(5, 37), torch.randn(5, 29), IDS[ids](5)
+
+    def outputs(change):
+        given = [change(t).detach().requires_grad_() for t in (x, weight, *a, *b)]
+        y = lora_linear(
+            *given[:2], given[2:5], given[5:], scaling, adapter_ids=ids, bias=bias, backend="cpu"
+        )
+        grads = torch.autograd.grad(y, given, change(upstream), allow_unused=True)
+        return [y.detach(), *(g for g in grads if g is not None)]
+
+    def apart(t):  # neither the rows nor the numbers of one next to each other
+        return torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0]
+
+    def with_room(t):  # rows further apart than they are long
+        return F.pad(t, (0, 3), value=torch.nan)[:, : t.shape[1]]
+
+    plain = outputs(torch.clone)
+    for change in (apart, with_room, lambda t: t.t().contiguous().t()):
+        for one, two in zip(plain, outputs(change), strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("unread", [0, 1])
+def test_a_projection_of_a_group_that_nothing_reads(unread):
+    x, ids = torch.randn(6, 37), torch.tensor([0, 1, -1, 1, 1, 0])
+    layers = [make_layer(n, 37, (3, 9)) for n in (29, 11)]
+    upstream = torch.randn(6, (29, 11)[1 - unread])
+
+    def gradients(backend):
+        first, *flat = leaves(x, *(t for _, _, a, b, _ in layers for t in (*a, *b)))
+        projections = [
+            Projection(w, flat[4 * i : 4 * i + 2], flat[4 * i + 2 : 4 * i + 4], s, bias)
+            for i, (w, bias, _, _, s) in enumerate(layers)
+        ]
+        ys = lora_linear_group(first, projections, adapter_ids=ids, backend=backend)
+        ys[1 - unread].backward(upstream)
+        return [t.grad for t in (first, *flat)]
+
+    for mine, other in zip(gradients("cpu"), gradients("reference"), strict=True):
+        if other is None or mine is None:
+            assert mine is None or not mine.any()
+            assert other is None or not other.any()
+        else:
+            torch.testing.assert_close(mine, other)
+
+
+def test_ids_out_of_range_are_refused_in_both_passes():
+    weight, _, a, b, _ = make_layer(6, 5, (2, 2))
+    x, ids = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match="between -1 and 1, got 2"):
+        lora_linear(x, weight, a, b, 1.0, adapter_ids=ids, backend="cpu")
+    ids[2] = 1
+    y = lora_linear(x, weight, a, b, 1.0, adapter_ids=ids, backend="cpu")
+    with torch.autograd._unsafe_preserve_version_counter(ids):
+        ids[2] = -2
+    with pytest.raises(ValueError, match="between -1 and 1, got -2"):
+        y.sum().backward()
