@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/blas.h"
 #include "cpu/entries.h"
+#include "cpu/floats.h"
 #include "cpu/multiversion.h"
 #include "hydra/pointer.h"
 
@@ -84,14 +84,6 @@ inline OnlineSoftmax ref_sums_of(const float* z, std::int64_t count) {
 struct Pair {
   OnlineSoftmax actor, ref;
 };
-
-// To the nearest bfloat16, ties to even; NaN stays NaN.
-inline std::uint16_t to_bf16(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
-}
 
 }  // namespace
 
@@ -245,7 +237,7 @@ void linear_logprob_grads(
       const std::int64_t at = target - begin, to = row * dlogits_stride + begin;
       const bool here = at >= 0 && at < count;
       // A row's bfloat16s are written behind where its logits are still to be read.
-      std::uint16_t* halves = is_bf16 ? pointer<std::uint16_t>(dlogits) + to : nullptr;
+      BFloat16* halves = is_bf16 ? pointer<BFloat16>(dlogits) + to : nullptr;
       float* dz = is_bf16 ? dz_buffer : pointer<float>(dlogits) + to;
       multiversion([=] {
         const float *z = product, *z_ref = ref_product;
@@ -274,7 +266,7 @@ void linear_logprob_grads(
         }
         if (halves != nullptr) {
 #pragma omp simd
-          for (std::int64_t i = 0; i < count; ++i) halves[i] = to_bf16(dz[i]);
+          for (std::int64_t i = 0; i < count; ++i) narrow(dz[i], halves + i);
         }
         return 0;
       });

@@ -39,8 +39,8 @@ HYDRA_INLINE T map_one(T a, T b) {
 
 template <std::int64_t kOp, class Out, class In>
 HYDRA_INLINE Out map_to(In a, In b) {
-  if constexpr (std::is_same_v<In, Bf16>) {
-    return to_float(a);
+  if constexpr (std::is_same_v<In, BFloat16>) {
+    return widen(a);
   } else {
     return static_cast<Out>(map_one<kOp, In>(a, b));
   }
@@ -115,7 +115,7 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
     return;
   }
   if (type == kBf16ToFloat) {
-    HYDRA_MAP(kCopy, float, Bf16);
+    HYDRA_MAP(kCopy, float, BFloat16);
     return;
   }
   if (type == kInt) {

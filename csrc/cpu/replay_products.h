@@ -26,7 +26,7 @@ HYDRA_INLINE void load(typename Vector<W>::type& v, const float* p) {
 }
 
 template <int W>
-HYDRA_INLINE void load(typename Vector<W>::type& v, const Bf16* p) {
+HYDRA_INLINE void load(typename Vector<W>::type& v, const BFloat16* p) {
   v = (typename Vector<W>::type)(
       __builtin_convertvector(
           *reinterpret_cast<const typename Vector<W>::halves*>(p), typename Vector<W>::words)
@@ -36,7 +36,7 @@ HYDRA_INLINE void load(typename Vector<W>::type& v, const Bf16* p) {
 template <int W, class T>
 HYDRA_INLINE void load_some(typename Vector<W>::type& v, const T* p, std::int64_t count) {
   float all[W] = {};
-  for (std::int64_t i = 0; i < count; ++i) all[i] = to_float(p[i]);
+  for (std::int64_t i = 0; i < count; ++i) all[i] = widen(p[i]);
   load<W>(v, all);
 }
 
@@ -225,7 +225,7 @@ HYDRA_INLINE void product_t(
     for (std::int64_t m = 0; m < rows; ++m) {
       float sum = 0.0f;
       for (std::int64_t k = 0; k < p.main.depth; ++k) {
-        sum += p.main.x[m * p.main.ldx + k] * to_float(p.main.w[k * p.main.ldw + n]);
+        sum += p.main.x[m * p.main.ldx + k] * widen(p.main.w[k * p.main.ldw + n]);
       }
       sum = p.alpha * sum + (p.bias == nullptr ? 0.0f : p.bias[n]);
       float* y = p.y + m * p.ldy + n;
@@ -272,7 +272,7 @@ HYDRA_INLINE void linear_of(Words words, int thread, int threads) {
 template <int W, bool kTransposed>
 HYDRA_INLINE void run_linear(Words words, int thread, int threads) {
   if (words.next() != 0) {
-    linear_of<W, kTransposed, Bf16>(words, thread, threads);
+    linear_of<W, kTransposed, BFloat16>(words, thread, threads);
   } else {
     linear_of<W, kTransposed, float>(words, thread, threads);
   }
@@ -350,7 +350,7 @@ HYDRA_INLINE void attention_of(Words words, int thread, int threads, std::vector
 template <int W>
 HYDRA_INLINE void run_attention(Words words, int thread, int threads, std::vector<float>& scratch) {
   if (words.next() != 0) {
-    attention_of<W, Bf16>(words, thread, threads, scratch);
+    attention_of<W, BFloat16>(words, thread, threads, scratch);
   } else {
     attention_of<W, float>(words, thread, threads, scratch);
   }

@@ -95,13 +95,13 @@ HYDRA_INLINE void gather_of(Words words, int thread, int threads) {
     const T* row = from + ids[i] * stride;
     float* out = to + i * width;
 #pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) out[j] = to_float(row[j]);
+    for (std::int64_t j = 0; j < width; ++j) out[j] = widen(row[j]);
   }
 }
 
 HYDRA_INLINE void run_gather(Words words, int thread, int threads) {
   if (words.next() != 0) {
-    gather_of<Bf16>(words, thread, threads);
+    gather_of<BFloat16>(words, thread, threads);
   } else {
     gather_of<float>(words, thread, threads);
   }
@@ -129,7 +129,7 @@ HYDRA_INLINE void put_of(Words words, int thread, int threads) {
     for (std::int64_t i = 0; i < sizes[0]; ++i) {
       for (std::int64_t j = 0; j < sizes[1]; ++j) {
         for (std::int64_t k = 0; k < sizes[2]; ++k) {
-          from_float(in[i * sf[0] + j * sf[1] + k * sf[2]], out[i * st[0] + j * st[1] + k * st[2]]);
+          narrow(in[i * sf[0] + j * sf[1] + k * sf[2]], out + i * st[0] + j * st[1] + k * st[2]);
         }
       }
     }
@@ -138,7 +138,7 @@ HYDRA_INLINE void put_of(Words words, int thread, int threads) {
 
 HYDRA_INLINE void run_put(Words words, int thread, int threads) {
   if (words.next() != 0) {
-    put_of<Bf16>(words, thread, threads);
+    put_of<BFloat16>(words, thread, threads);
   } else {
     put_of<float>(words, thread, threads);
   }

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define HYDRA_INLINE inline __attribute__((always_inline))
+#include "cpu/floats.h"
 
 namespace hydra::cpu::replaying {
 
@@ -45,34 +45,6 @@ enum MapOp : std::int64_t {
 };
 
 enum MapType : std::int64_t { kFloat = 0, kInt = 1, kIntToFloat = 2, kBf16ToFloat = 3 };
-
-// A number as bfloat16 has it: weights, keys and values may be of them, arithmetic is float32.
-struct Bf16 {
-  std::uint16_t bits;
-};
-
-HYDRA_INLINE float to_float(float value) {
-  return value;
-}
-
-HYDRA_INLINE float to_float(Bf16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-HYDRA_INLINE void from_float(float value, float& out) {
-  out = value;
-}
-
-// To the nearest, ties to even; NaN stays NaN.
-HYDRA_INLINE void from_float(float value, Bf16& out) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const std::uint32_t half = 0x7fffu + ((bits >> 16) & 1u);
-  out.bits = static_cast<std::uint16_t>(value == value ? (bits + half) >> 16 : 0x7fc0u);
-}
 
 // The words of one instruction, read in order.
 struct Words {

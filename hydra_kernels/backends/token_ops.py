@@ -21,6 +21,20 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def float32_only(wrong_device: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """``unsupported`` of kernels that take float32 alone."""
+
+    def unsupported(*tensors: Tensor | None) -> list[str]:
+        return [*wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
+
+    return unsupported
+
+
+def on_cpu(*tensors: Tensor | None) -> list[str]:
+    """``wrong_device`` of the kernels in C++."""
+    return registry.wrong_device("cpu", *tensors)
+
+
 def addresses(*tensors: Tensor | None) -> list[int]:
     """What a binding takes: where each tensor is, 0 for an absent one."""
     return [0 if t is None else t.data_ptr() for t in tensors]

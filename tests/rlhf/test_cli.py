@@ -24,10 +24,8 @@ ROOT = Path(__file__).parents[2]
 PAIR = {"prompt": "The rain.", "chosen": " I like it.", "rejected": " No."}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny checkpoint with a context of 32 tokens."""
-    path = tmp_path_factory.mktemp("model")
+def write_checkpoint(path):
+    """A tiny model with a context of 32 tokens, and its tokenizer."""
     tokenizer = build_tokenizer(["The rain. I like it. No."], 280, model_max_length=32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,6 +42,11 @@ def model(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -428,26 +431,6 @@ def test_overlong_pairs_for_sft(tmp_path, model, capsys, caplog):
     assert "has no pairs" in fails(capsys, *argv("d", "--format", "prompt-only"))
 
 
-def test_evaluate_takes_policies_as_its_first_words(model, capsys):
-    line = fails(capsys, "evaluate", f"a={model}", f"b={model}", f"a={model}", "--show", "0")
-    assert "same name: a, b, a" in line
-
-
-def test_evaluate_looks_at_every_path_before_the_first_answer(tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr("hydra_rlhf.evaluate.answer", lambda *a, **k: pytest.fail("sampled"))
-    line = fails(capsys, "evaluate", model, "./no-such", "--prompts", "bundled")
-    assert "no policy ./no-such: there is no such folder" in line
-
-
-def test_evaluate_without_a_judge_stops_before_the_first_answer(tmp_path, model, capsys):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
-    line = fails(capsys, "evaluate", model, "--prompts", prompts, "--response-length", "4")
-    assert f"{model} has no reward head; give --judge" in line
-    line = fails(capsys, "evaluate", model, "--num-prompts", "1", "--response-length", "32")
-    assert "response_length 32 leaves no room for a prompt in a context of 32 tokens" in line
-
-
 def test_an_adapter_is_not_a_model_to_start_from(tmp_path, capsys):
     (tmp_path / "actor").mkdir()
     (tmp_path / "actor" / "adapter_config.json").write_text("{}")
@@ -459,29 +442,6 @@ def test_an_adapter_is_not_a_model_to_start_from(tmp_path, capsys):
     assert f"merge it (hydra-rlhf export {tmp_path} FOLDER --merge)" in line
     line = fails(capsys, "ppo", "--sft-model-path", "m", "--dtype", "floaty", *argv)
     assert "dtype must be one of auto, float32, bfloat16, float16; got 'floaty'" in line
-
-
-def test_evaluate_says_when_the_judge_is_what_ppo_trains_against(tmp_path, model, capsys):
-    judge = with_reward_head(model, tmp_path / "judge")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "The rain."}) + "\n")
-    sizes = ("--response-length", "4", "--show", "0")
-    assert cli.main(["evaluate", str(judge), "--prompts", str(prompts), *sizes]) == 0
-    assert "judged by the reward head that PPO trains against" in capsys.readouterr().out
-
-
-def test_evaluate_wants_policies_that_exist(tmp_path, model, capsys):
-    assert "./no-such" in fails(capsys, "evaluate", "--policies", "./no-such")
-    assert "same name" in fails(capsys, "evaluate", "--policies", f"a={model}", f"a={model}")
-
-
-def test_export_finds_the_policy_in_a_run_folder(tmp_path, monkeypatch):
-    (tmp_path / "actor").mkdir()
-    (tmp_path / "run.json").write_text("{}")
-    given = []
-    monkeypatch.setattr("hydra_rlhf.export.merge_adapter", lambda *a, **k: given.append(a))
-    assert cli.main(["export", str(tmp_path), str(tmp_path / "out"), "--merge"]) == 0
-    assert given == [(str(tmp_path / "actor"), str(tmp_path / "out"))]
 
 
 # Other endings

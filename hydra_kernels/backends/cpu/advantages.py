@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *registry.wrong_device("cpu", *tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import (
+    ESTIMATORS,
+    AdvantageInputs,
+    addresses,
+    float32_only,
+    on_cpu,
+)
 
 
 def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,5 +32,5 @@ def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 registry.register(
-    "advantages", "cpu", registry.Kernel(fwd, None, unsupported, missing=extension.missing)
+    "advantages", "cpu", registry.Kernel(fwd, None, float32_only(on_cpu), missing=extension.missing)
 )

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *registry.wrong_device("cpu", *tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import addresses, float32_only, on_cpu
 
 
 def fwd(
@@ -36,4 +29,6 @@ def fwd(
     return advantages, returns
 
 
-registry.register("gae", "cpu", registry.Kernel(fwd, None, unsupported, missing=extension.missing))
+registry.register(
+    "gae", "cpu", registry.Kernel(fwd, None, float32_only(on_cpu), missing=extension.missing)
+)

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import ESTIMATORS, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *registry.wrong_device("cpu", *tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import ESTIMATORS, addresses, float32_only, on_cpu
 
 
 def fwd(
@@ -37,5 +30,5 @@ def fwd(
 
 
 registry.register(
-    "kl_rewards", "cpu", registry.Kernel(fwd, None, unsupported, missing=extension.missing)
+    "kl_rewards", "cpu", registry.Kernel(fwd, None, float32_only(on_cpu), missing=extension.missing)
 )

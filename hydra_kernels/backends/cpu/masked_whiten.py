@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import WhitenKernel, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *registry.wrong_device("cpu", *tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import WhitenKernel, addresses, float32_only, on_cpu
 
 
 def moments(
@@ -43,5 +36,5 @@ def fwd(
 registry.register(
     "masked_whiten",
     "cpu",
-    WhitenKernel(fwd, None, unsupported, missing=extension.missing, moments=moments),
+    WhitenKernel(fwd, None, float32_only(on_cpu), missing=extension.missing, moments=moments),
 )

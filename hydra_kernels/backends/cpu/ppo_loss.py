@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
-from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *registry.wrong_device("cpu", *tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, addresses, float32_only, on_cpu
 
 
 def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -34,5 +27,5 @@ def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
 registry.register(
     "ppo_loss",
     "cpu",
-    PPOKernel(fwd, None, unsupported, missing=extension.missing, scaled=True),
+    PPOKernel(fwd, None, float32_only(on_cpu), missing=extension.missing, scaled=True),
 )

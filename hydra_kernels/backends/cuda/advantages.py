@@ -11,14 +11,7 @@ from torch import Tensor
 from hydra_kernels.backends import extension, launch, registry
 from hydra_kernels.backends.cuda.device import wrong_device
 from hydra_kernels.backends.cuda.gae import segments
-from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *wrong_device(*tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import ESTIMATORS, AdvantageInputs, addresses, float32_only
 
 
 def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,5 +46,7 @@ def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 registry.register(
-    "advantages", "cuda", registry.Kernel(fwd, None, unsupported, missing=extension.missing_cuda)
+    "advantages",
+    "cuda",
+    registry.Kernel(fwd, None, float32_only(wrong_device), missing=extension.missing_cuda),
 )

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
 from hydra_kernels.backends.cuda.device import wrong_device
-from hydra_kernels.backends.token_ops import addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *wrong_device(*tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import addresses, float32_only
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,5 +47,7 @@ def fwd(
 
 
 registry.register(
-    "gae", "cuda", registry.Kernel(fwd, None, unsupported, missing=extension.missing_cuda)
+    "gae",
+    "cuda",
+    registry.Kernel(fwd, None, float32_only(wrong_device), missing=extension.missing_cuda),
 )

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import extension, registry
 from hydra_kernels.backends.cuda.device import wrong_device
-from hydra_kernels.backends.token_ops import ESTIMATORS, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *wrong_device(*tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import ESTIMATORS, addresses, float32_only
 
 
 def fwd(
@@ -40,5 +33,7 @@ def fwd(
 
 
 registry.register(
-    "kl_rewards", "cuda", registry.Kernel(fwd, None, unsupported, missing=extension.missing_cuda)
+    "kl_rewards",
+    "cuda",
+    registry.Kernel(fwd, None, float32_only(wrong_device), missing=extension.missing_cuda),
 )

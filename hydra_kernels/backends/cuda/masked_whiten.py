@@ -9,14 +9,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
 from hydra_kernels.backends.cuda.device import wrong_device
-from hydra_kernels.backends.token_ops import WhitenKernel, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *wrong_device(*tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import WhitenKernel, addresses, float32_only
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,5 +60,7 @@ def fwd(
 registry.register(
     "masked_whiten",
     "cuda",
-    WhitenKernel(fwd, None, unsupported, missing=extension.missing_cuda, moments=moments),
+    WhitenKernel(
+        fwd, None, float32_only(wrong_device), missing=extension.missing_cuda, moments=moments
+    ),
 )

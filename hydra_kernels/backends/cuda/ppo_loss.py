@@ -9,14 +9,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
 from hydra_kernels.backends.cuda.device import wrong_device
-from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, addresses
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [
-        *wrong_device(*tensors),
-        *registry.wrong_dtype((torch.float32,), *tensors),
-    ]
+from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, addresses, float32_only
 
 
 @functools.cache
@@ -48,5 +41,7 @@ def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 registry.register(
-    "ppo_loss", "cuda", PPOKernel(fwd, None, unsupported, missing=extension.missing_cuda)
+    "ppo_loss",
+    "cuda",
+    PPOKernel(fwd, None, float32_only(wrong_device), missing=extension.missing_cuda),
 )

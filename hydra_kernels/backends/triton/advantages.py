@@ -5,16 +5,11 @@ Fused on the CPU and in CUDA C++; here each step is its own launch.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hydra_kernels.backends import registry
-from hydra_kernels.backends.token_ops import AdvantageInputs
+from hydra_kernels.backends.token_ops import AdvantageInputs, float32_only
 from hydra_kernels.backends.triton import gae, kl_rewards, masked_whiten, runtime
-
-
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
 
 
 def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,5 +20,7 @@ def fwd(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 registry.register(
-    "advantages", "triton", registry.Kernel(fwd, None, unsupported, missing=runtime.missing)
+    "advantages",
+    "triton",
+    registry.Kernel(fwd, None, float32_only(runtime.wrong_device), missing=runtime.missing),
 )

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry
+from hydra_kernels.backends.token_ops import float32_only
 from hydra_kernels.backends.triton import runtime
 
 BLOCK_T = 1024
@@ -155,10 +156,6 @@ def gae_fwd_kernel(
             carry = tl.sum(tl.where(columns == 0, from_right, 0.0), axis=1)
 
 
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
-
-
 def segment_blocks(B: int, T: int, block_t: int) -> int:
     """Blocks of ``block_t`` tokens that one program scans: all of a row, or fewer if rows are few.
 
@@ -262,4 +259,8 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str | None], dict[str, Any
     )
 
 
-registry.register("gae", "triton", registry.Kernel(fwd, None, unsupported, missing=runtime.missing))
+registry.register(
+    "gae",
+    "triton",
+    registry.Kernel(fwd, None, float32_only(runtime.wrong_device), missing=runtime.missing),
+)

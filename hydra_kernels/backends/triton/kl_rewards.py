@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry
-from hydra_kernels.backends.token_ops import ESTIMATORS
+from hydra_kernels.backends.token_ops import ESTIMATORS, float32_only
 from hydra_kernels.backends.triton import runtime
 
 BLOCK = 1024
@@ -83,10 +83,6 @@ def kl_rewards_fwd_kernel(
     tl.store(rewards + at, reward, mask=inside)
 
 
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
-
-
 def fwd(
     scores: Tensor,  # (B,) float32, contiguous, as are all tensors below
     logprobs: Tensor | None,  # (B, T)
@@ -130,5 +126,7 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str | None], dict[str, Any
 
 
 registry.register(
-    "kl_rewards", "triton", registry.Kernel(fwd, None, unsupported, missing=runtime.missing)
+    "kl_rewards",
+    "triton",
+    registry.Kernel(fwd, None, float32_only(runtime.wrong_device), missing=runtime.missing),
 )

@@ -139,7 +139,7 @@ def _choose(
     tma = itemsize == 2 and not saved and runtime.has_tma(*read)
     sizes = {"V": weight.shape[0], "D": hidden.shape[1], "itemsize": itemsize}
     sizes |= {"reference": int(has_ref), "softcap": int(has_softcap), "tma": int(tma)}
-    of_kernel = {"linear_logprob_fwd": _fwd_candidates}.get(kernel, _dlogits_candidates)
+    of_kernel = _fwd_candidates if kernel == "linear_logprob_fwd" else _dlogits_candidates
     candidates = of_kernel(itemsize, has_ref, has_softcap, major, tma)
     return tuning.choose(kernel, hidden, sizes, candidates, run)
 
@@ -172,9 +172,6 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
         *runtime.wrong_device(*tensors),
         *registry.wrong_dtype((torch.float32, torch.float16, torch.bfloat16), *tensors),
     ]
-    on_gpu = [t for t in tensors if t is not None and t.device.type == "cuda"]
-    if any(runtime.major(t.device) < 8 for t in on_gpu):
-        reasons.append("needs compute capability 8.0 or newer")
     if runtime.INTERPRETED and any(t is not None and t.dtype == torch.bfloat16 for t in tensors):
         reasons.append("Triton's interpreter gets bfloat16 products wrong")
     return reasons

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from hydra_kernels.backends.triton import runtime
+from hydra_kernels.backends.triton.tiles import tile_of
 
 INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 # Rows of the partial sums, as LogprobSum in csrc/include/hydra/linear_logprob.h.
@@ -51,16 +52,6 @@ def _logits(
         return products * inv_temperature, tl.full(
             products.shape, 1.0, tl.float32
         ) * inv_temperature
-
-
-@triton.jit
-def _tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of a block: GROUP rows by all columns, and so on, so that what the programs in
-    flight read stays in L2."""
-    width = GROUP * num_cols
-    first = pid // width * GROUP
-    group = tl.minimum(num_rows - first, GROUP)
-    return first + pid % width % group, pid % width // group
 
 
 @triton.jit
@@ -144,7 +135,7 @@ def linear_logprob_fwd_kernel(
     GROUP: tl.constexpr,
 ):
     num_rows, num_splits = tl.cdiv(M, BLOCK_M), tl.cdiv(V, split_size)
-    row, split = _tile(tl.program_id(0), num_rows, num_splits, GROUP)
+    row, split = tile_of(tl.program_id(0), num_rows, num_splits, GROUP)
     first_m = row * BLOCK_M
     offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside_m = offs_m < M
@@ -327,7 +318,7 @@ def linear_logprob_dlogits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row, col = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(count, BLOCK_V), GROUP)
+    row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(count, BLOCK_V), GROUP)
     first_m, first_c = row * BLOCK_M, col * BLOCK_V
     offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside_m = offs_m < M
@@ -406,7 +397,7 @@ def linear_logprob_dhidden_kernel(
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row, col = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
+    row, col = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     first_m, first_d = row * BLOCK_M, col * BLOCK_D
     offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
     offs_d = first_d + tl.arange(0, BLOCK_D)

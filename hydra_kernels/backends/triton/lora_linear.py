@@ -232,8 +232,7 @@ def _product(
     if m * c == 0:
         return run(candidates[0])
     # By M too: so does cuBLAS, which it is measured against, choose its kernels.
-    sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size()}
-    sizes |= {"tma": int(tma)}
+    sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size(), "tma": int(tma)}
     return run(tuning.choose("lora_linear_append", x, sizes, candidates, run))
 
 

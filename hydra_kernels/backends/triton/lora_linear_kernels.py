@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from hydra_kernels.backends.triton.tiles import tile_of
+
 
 @triton.jit
 def _kept(seed, rows, cols, num_cols, threshold, BLOCK: tl.constexpr):
@@ -213,13 +215,9 @@ def lora_linear_append_kernel(
     GROUP: tl.constexpr,
 ):
     """x w^T + bias, and s f^T as further steps of the same sums."""
-    # GROUP blocks of rows by all columns, and so on: what programs in flight read stays in L2.
-    pid = tl.program_id(0)
-    width = GROUP * tl.cdiv(num_cols, BLOCK_C)
-    first = pid // width * GROUP
-    group = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first, GROUP)
-    first_row = (first + pid % width % group) * BLOCK_M
-    first_col = pid % width // group * BLOCK_C
+    num_tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_C)
+    row, col = tile_of(tl.program_id(0), num_tiles[0], num_tiles[1], GROUP)
+    first_row, first_col = row * BLOCK_M, col * BLOCK_C
     rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside = rows < num_rows
     offs_c = first_col + tl.arange(0, BLOCK_C)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry
-from hydra_kernels.backends.token_ops import WhitenKernel
+from hydra_kernels.backends.token_ops import WhitenKernel, float32_only
 from hydra_kernels.backends.triton import runtime
 
 BLOCK = 1024
@@ -110,10 +110,6 @@ def masked_whiten_fwd_kernel(
     tl.store(out + offs, tl.where(keep, whitened, 0.0), mask=inside)
 
 
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
-
-
 def moments(
     x: Tensor,  # float32, contiguous
     mask: Tensor,  # bool, contiguous
@@ -187,5 +183,7 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str | None], dict[str, Any
 registry.register(
     "masked_whiten",
     "triton",
-    WhitenKernel(fwd, None, unsupported, missing=runtime.missing, moments=moments),
+    WhitenKernel(
+        fwd, None, float32_only(runtime.wrong_device), missing=runtime.missing, moments=moments
+    ),
 )

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry, tuning
-from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel
+from hydra_kernels.backends.token_ops import PPOInputs, PPOKernel, float32_only
 from hydra_kernels.backends.triton import runtime
 
 # Generic default first; see hydra_kernels/backends/tuning.py.
@@ -145,10 +145,6 @@ def ppo_loss_fwd_kernel(
         tl.store(ticket, 0)
 
 
-def unsupported(*tensors: Tensor | None) -> list[str]:
-    return [*runtime.wrong_device(*tensors), *registry.wrong_dtype((torch.float32,), *tensors)]
-
-
 def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns stats (10,), d policy loss / d logprobs and d value loss / d values per token."""
     mask = inputs.mask
@@ -201,4 +197,8 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
         yield ppo_loss_fwd_kernel, signature, constexprs | sizes, options
 
 
-registry.register("ppo_loss", "triton", PPOKernel(fwd, None, unsupported, missing=runtime.missing))
+registry.register(
+    "ppo_loss",
+    "triton",
+    PPOKernel(fwd, None, float32_only(runtime.wrong_device), missing=runtime.missing),
+)
