@@ -11,8 +11,9 @@ from hydra_rlhf.config import PPOConfig
 
 _ROLES = {
     "actor": "the policy",
-    "critic": "the value function, with `value_head.safetensors` beside this folder",
-    "joint": "the policy, and with `value_head.safetensors` beside this folder its value function",
+    "critic": "the value function, with `heads/value_head.safetensors` beside this folder",
+    "joint": "the policy, and its value function, with `heads/value_head.safetensors` beside this "
+    "folder",
 }
 _FIGURES = (
     ("objective/scores", "mean score of the training prompts' responses"),

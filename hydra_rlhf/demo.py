@@ -346,9 +346,9 @@ def readme(
             "run.json                  command, versions, machine, commit",
             "metrics.jsonl             a line for each step; tensorboard/ has the same",
             "evaluation.json           every answer and score of the evaluation",
-            "sft/                      the Hydra-SFT model, tokenizer, reward_head.safetensors",
+            "sft/                      the Hydra-SFT model, tokenizer; reward head in heads/",
             trained,
-            "ppo/*_head.safetensors    value head (trained) and reward head (as in sft/)",
+            "ppo/heads/                value head (trained) and reward head (as in sft/)",
             "```",
             "",
         ]

@@ -18,7 +18,7 @@ from torch import nn
 
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
-from hydra_rlhf.pretrained import TRL_HEAD, base_of, trl_value_head
+from hydra_rlhf.pretrained import TRL_HEAD, base_of, head_file, trl_value_head
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
@@ -63,7 +63,7 @@ def export_classifier(model: str | Path, out: str | Path) -> Path:
     scores. Other trainers take the result as a reward model.
 
     Args:
-        model: A Hydra checkpoint: Hugging Face files with reward_head.safetensors.
+        model: A Hydra checkpoint: Hugging Face files with heads/reward_head.safetensors.
         out: Folder to write; must not hold anything yet.
 
     Returns:
@@ -74,7 +74,7 @@ def export_classifier(model: str | Path, out: str | Path) -> Path:
     """
     out = _empty_folder(out)
     hydra = HydraModel.from_pretrained(model)
-    if not (Path(model) / REWARD_HEAD).is_file():
+    if not head_file(model, REWARD_HEAD).is_file():
         raise UserError(f"{model} has no reward head ({REWARD_HEAD})")
     settings = hydra.config.to_dict()
     for name in ("id2label", "label2id"):

@@ -28,6 +28,7 @@ from hydra_rlhf import hub
 from hydra_rlhf.config import METHODS, LoraSettings, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.model import ROLES, HydraModel, Score, default_lora_config
+from hydra_rlhf.pretrained import REWARD_HEAD
 from hydra_rlhf.rewards import ClassifierReward, RewardFn, load_reward_fn
 from hydra_rlhf.roles import check_roles
 from hydra_rlhf.trunk import Prefix, blocks, flops, live_width, trunk_of
@@ -222,8 +223,7 @@ class MethodModels:
     def save(self, path: str | Path, *, base_model: str | None = None) -> None:
         """Writes what was trained: adapters as PEFT folders, heads, or whole models for ``ppo``.
 
-        ``path/actor``, ``path/critic`` or ``path/joint``; value_head.safetensors and
-        reward_head.safetensors beside them.
+        ``path/actor``, ``path/critic`` or ``path/joint``; both heads in ``path/heads``.
         """
         path = Path(path)
         if not self.actor.adapters:
@@ -494,6 +494,6 @@ def _kl_of_two_heads(
 def _check_head(models: MethodModels, path: str | Path) -> None:
     if models.reward is not None and not bool(models.reward.reward_head.weight.any()):
         raise UserError(
-            f"{path} has no reward head (reward_head.safetensors); train one with "
+            f"{path} has no reward head ({REWARD_HEAD}); train one with "
             "`hydra-rlhf sft --objective hydra`, or give --reward-fn or --reward-model-path"
         )

@@ -37,6 +37,7 @@ from hydra_rlhf.lora import copy_adapter, default_lora_config, linear_names
 from hydra_rlhf.pretrained import (
     REWARD_HEAD,
     VALUE_HEAD,
+    head_file,
     head_width,
     load_causal_lm,
     load_head,
@@ -425,7 +426,7 @@ class HydraModel(nn.Module):
         reference_adapter: str | None = None,
         trust_remote_code: bool = False,
     ) -> HydraModel:
-        """Loads a Hugging Face model, and the heads that lie beside it.
+        """Loads a Hugging Face model, and the heads in its folder.
 
         A checkpoint of TRL's ``AutoModelForCausalLMWithValueHead`` brings its value head along.
 
@@ -468,12 +469,12 @@ class HydraModel(nn.Module):
         if any(isinstance(p, DTensor) for p in self.parameters()) and dist.get_rank() != 0:
             return
         self.causal_lm.save_pretrained(path, state_dict=state)
-        save_head(self.reward_head, path / REWARD_HEAD)
+        save_head(self.reward_head, path, REWARD_HEAD)
         if self.adapters:
             self.save_adapters(path)
 
     def save_adapters(self, path: str | Path, *, base_model: str | None = None) -> None:
-        """Writes each adapter as a plain PEFT folder named after it, and the heads beside them.
+        """Writes each adapter as a plain PEFT folder named after it, and the heads in ``heads``.
 
         Heads are separate files, because vLLM and others refuse adapters with modules_to_save.
 
@@ -492,11 +493,10 @@ class HydraModel(nn.Module):
         self.save_heads(path)
 
     def save_heads(self, path: str | Path) -> None:
-        """Writes value_head.safetensors and reward_head.safetensors."""
+        """Writes heads/value_head.safetensors and heads/reward_head.safetensors."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        save_head(self.value_head, path / VALUE_HEAD)
-        save_head(self.reward_head, path / REWARD_HEAD)
+        save_head(self.value_head, path, VALUE_HEAD)
+        save_head(self.reward_head, path, REWARD_HEAD)
 
     def load_adapters(self, path: str | Path) -> None:
         """Reads what :meth:`save_adapters` wrote into the adapters and heads that are here.
@@ -515,6 +515,6 @@ class HydraModel(nn.Module):
             if result.unexpected_keys:
                 raise UserError(f"{file} has weights this model lacks: {result.unexpected_keys[0]}")
         for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
-            loaded = load_head(path / name, head.in_features, head.weight.device)
+            loaded = load_head(head_file(path, name), head.in_features, head.weight.device)
             if loaded is not None:
                 head.load_state_dict(loaded.state_dict())

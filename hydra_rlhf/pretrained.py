@@ -18,8 +18,10 @@ from transformers.utils import cached_file
 from hydra_rlhf import hub
 from hydra_rlhf.errors import UserError, first_line
 
-REWARD_HEAD = "reward_head.safetensors"
-VALUE_HEAD = "value_head.safetensors"
+# In a folder of their own: vLLM and others take every safetensors file beside config.json for the
+# model's weights.
+REWARD_HEAD = "heads/reward_head.safetensors"
+VALUE_HEAD = "heads/value_head.safetensors"
 TRL_HEAD = "v_head.summary."
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -69,7 +71,7 @@ def load_heads(path: str | Path, width: int, device: torch.device) -> dict[str, 
         UserError: a head cannot be read, or is of another width.
     """
     heads = {
-        name: load_head(_local_file(path, file), width, device)
+        name: load_head(head_file(path, file), width, device)
         for name, file in (("reward_head", REWARD_HEAD), ("value_head", VALUE_HEAD))
     }
     if heads["value_head"] is None and Path(path).is_dir():
@@ -80,19 +82,33 @@ def load_heads(path: str | Path, width: int, device: torch.device) -> dict[str, 
     return heads
 
 
-def _local_file(path: str | Path, name: str) -> Path:
-    """A file of a folder, or of a hub name's once it is fetched; it may not exist."""
-    if not Path(path).is_dir():
-        # The model itself was just loaded from there: what cannot be had is not there.
-        found = cached_file(
-            str(path),
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+def head_file(path: str | Path, name: str) -> Path:
+    """A head's file in a folder, or of a hub name's once it is fetched; it may not exist.
+
+    Args:
+        path: Folder or hub name.
+        name: REWARD_HEAD or VALUE_HEAD. Folders of before it had that name have the file right
+            beside the weights, where it is looked for too.
+    """
+    for place in (name, Path(name).name):
+        found = _local_file(path, place)
         if found is not None:
-            return Path(found)
+            return found
     return Path(path) / name
+
+
+def _local_file(path: str | Path, name: str) -> Path | None:
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    # The model itself was just loaded from there: what cannot be had is not there.
+    found = cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def load_head(file: Path, width: int, device: torch.device) -> nn.Linear | None:
@@ -163,9 +179,13 @@ def _weight_files(path: Path) -> list[Path]:
     return []
 
 
-def save_head(head: nn.Linear, file: Path) -> None:
+def save_head(head: nn.Linear, path: Path, name: str) -> None:
+    """Writes ``path/name``, and removes the older one beside the weights that it stands for."""
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    file = path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file)
+    (path / file.name).unlink(missing_ok=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -158,11 +158,14 @@ class VLLMEngine(Engine):
             self._asleep = False
 
     def _without_heads(self) -> str:
-        """The base, or links to it: vLLM takes heads beside the model for weights of its own."""
+        """The base, or links to it without heads that lie among the weights, as they once did.
+
+        vLLM would take them for weights of its own.
+        """
         folder = Path(self._base)
         if not folder.is_dir():
             folder = Path(str(cached_file(self._base, "config.json"))).parent
-        heads = (REWARD_HEAD, VALUE_HEAD)
+        heads = (Path(REWARD_HEAD).name, Path(VALUE_HEAD).name)
         if not any((folder / name).exists() for name in heads):
             return self._base
         self._links = tempfile.TemporaryDirectory()

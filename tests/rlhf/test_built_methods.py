@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from hydra_rlhf.config import METHODS
 from hydra_rlhf.methods import build_method, method_from_model
-from hydra_rlhf.model import ROLES
+from hydra_rlhf.model import ROLES, VALUE_HEAD
 from tests.rlhf.families import batch
 from tests.rlhf.test_ppo import plain_model, settings
 
@@ -25,7 +25,7 @@ def test_save_and_build(tmp_path):
         for name in ("logprobs", "ref_logprobs", "values", "scores"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), (method, name)
         models.save(tmp_path / method, base_model=str(tmp_path / "sft"))
-        assert (tmp_path / method / "value_head.safetensors").is_file()
+        assert (tmp_path / method / VALUE_HEAD).is_file()
         names = {"j-hydra-ppo": ["joint"]}.get(method, ["actor", "critic"])
         for name in names:
             file = "config.json" if method == "ppo" else "adapter_config.json"
@@ -65,5 +65,5 @@ def test_the_value_head_that_is_saved_is_the_one_trained(method, tmp_path):
     with torch.no_grad():
         models.critic.value_head.weight.add_(1.0)
     models.save(tmp_path)
-    saved = load_file(tmp_path / "value_head.safetensors")
+    saved = load_file(tmp_path / VALUE_HEAD)
     assert any(torch.equal(value, models.critic.value_head.weight) for value in saved.values())

@@ -240,7 +240,7 @@ def test_each_objective_leaves_what_the_next_command_takes(tmp_path, model, pair
         return tmp_path / name
 
     hydra = run("hydra", "--model", model, "--pair-data", pairs, "--learning-rate", "1e-2")
-    assert (hydra / "model" / "reward_head.safetensors").exists()
+    assert (hydra / "model" / "heads" / "reward_head.safetensors").exists()
     start = ("--model", hydra / "model", "--lora-r", "2")
     for name, data in (("dpo", pairs), ("raft", pairs)):
         flags = ("--objective", name, "--pair-data", data, "--response-length", "4")

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.methods import build_method, models_of
-from hydra_rlhf.model import HydraModel
+from hydra_rlhf.model import REWARD_HEAD, HydraModel
 from hydra_rlhf.schedule import PromptBatches, lr_factor, sampling_seeds, seed_everything
 from tests.rlhf.families import make_lm, make_model
 from tests.rlhf.test_ppo import run, settings
@@ -89,7 +89,7 @@ def test_refuses_prompts_and_models_that_cannot_work(tmp_path):
         run(settings(), make_model("llama", ("joint",)))
     no_head = HydraModel(make_lm("llama"))
     no_head.save_pretrained(tmp_path)
-    (tmp_path / "reward_head.safetensors").unlink()
+    (tmp_path / REWARD_HEAD).unlink()
     with pytest.raises(UserError, match="has no reward head"):
         build_method("hydra-ppo", tmp_path)
     with pytest.raises(UserError, match="separate reward model is for"):

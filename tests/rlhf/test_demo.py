@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hydra_rlhf import cli
 from hydra_rlhf.data import bundled
 from hydra_rlhf.evaluate import load_policy
-from hydra_rlhf.model import HydraModel
+from hydra_rlhf.model import REWARD_HEAD, VALUE_HEAD, HydraModel
 from hydra_rlhf.records import read_metrics
 
 TIMED = re.compile(r"^time$|per_s|seconds|^perf/|^time/|^memory/")
@@ -58,11 +58,11 @@ def test_the_folder_holds_what_is_promised(demo):
         "sft/config.json",
         "sft/model.safetensors",
         "sft/tokenizer.json",
-        "sft/reward_head.safetensors",
+        "sft/heads/reward_head.safetensors",
         "ppo/actor/adapter_model.safetensors",
         "ppo/critic/adapter_model.safetensors",
-        "ppo/value_head.safetensors",
-        "ppo/reward_head.safetensors",
+        "ppo/heads/value_head.safetensors",
+        "ppo/heads/reward_head.safetensors",
     ):
         assert (folder / name).stat().st_size > 0, name
     assert list((folder / "tensorboard").glob("events*"))
@@ -108,9 +108,9 @@ def test_metrics_have_the_figures_of_each_stage(demo):
 
 def test_the_reward_head_stays_frozen_and_the_value_head_moves(demo):
     folder = demo[0]
-    sft = load_file(folder / "sft" / "reward_head.safetensors")["weight"]
-    assert torch.equal(load_file(folder / "ppo" / "reward_head.safetensors")["weight"], sft)
-    assert not torch.equal(load_file(folder / "ppo" / "value_head.safetensors")["weight"], sft)
+    sft = load_file(folder / "sft" / REWARD_HEAD)["weight"]
+    assert torch.equal(load_file(folder / "ppo" / REWARD_HEAD)["weight"], sft)
+    assert not torch.equal(load_file(folder / "ppo" / VALUE_HEAD)["weight"], sft)
 
 
 @torch.no_grad()

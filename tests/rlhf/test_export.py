@@ -14,7 +14,7 @@ from hydra_rlhf.errors import UserError
 from hydra_rlhf.evaluate import load_policy
 from hydra_rlhf.export import export_classifier, import_value_head, merge_adapter
 from hydra_rlhf.methods import build_method
-from hydra_rlhf.model import HydraModel, position_ids
+from hydra_rlhf.model import VALUE_HEAD, HydraModel, position_ids
 from hydra_rlhf.rewards import ClassifierReward
 from tests.rlhf.families import FAMILIES, PROMPTS, batch, make_lm, make_model, make_tokenizer
 from tests.rlhf.test_ppo import settings
@@ -123,30 +123,13 @@ def test_trl_checkpoints_bring_their_value_head(tmp_path, monkeypatch):
     assert not models.critic.reward_head.weight.any()
     HydraModel.from_pretrained(tmp_path).save_heads(tmp_path)
     own = torch.nn.Linear(32, 1)
-    save_file(own.state_dict(), tmp_path / "value_head.safetensors")
+    pretrained.save_head(own, tmp_path, VALUE_HEAD)
     assert torch.equal(HydraModel.from_pretrained(tmp_path).value_head.weight, own.weight)
-    (tmp_path / "value_head.safetensors").unlink()
+    (tmp_path / VALUE_HEAD).unlink()
     state["v_head.summary.weight"] = torch.randn(1, 31)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="value head is 31 wide, not 32"):
         HydraModel.from_pretrained(tmp_path)
-
-
-def test_heads_of_a_hub_name_are_fetched(tmp_path, monkeypatch):
-    head = torch.nn.Linear(32, 1, bias=False)
-    save_file(head.state_dict(), tmp_path / "reward_head.safetensors")
-    asked = []
-
-    def cached(repo, name, **_):
-        asked.append((repo, name))
-        file = tmp_path / name
-        return str(file) if file.is_file() else None
-
-    monkeypatch.setattr(pretrained, "cached_file", cached)
-    heads = pretrained.load_heads("someone/hydra", 32, torch.device("cpu"))
-    assert torch.equal(heads["reward_head"].weight, head.weight) and heads["value_head"] is None
-    names = ("reward_head.safetensors", "value_head.safetensors")
-    assert asked == [("someone/hydra", name) for name in names]
 
 
 def templated():

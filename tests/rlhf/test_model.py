@@ -410,6 +410,7 @@ def test_refuses_bad_paths_and_files(tmp_path):
         HydraModel.from_pretrained(tmp_path / "nothing")
     assert "\n" not in str(caught.value)
     make_lm("llama").save_pretrained(tmp_path)
+    (tmp_path / REWARD_HEAD).parent.mkdir()
     (tmp_path / REWARD_HEAD).write_bytes(b"not a head")
     with pytest.raises(UserError, match="cannot read a head"):
         HydraModel.from_pretrained(tmp_path)

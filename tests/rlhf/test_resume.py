@@ -257,7 +257,7 @@ def test_kill_nine_twenty_times(tmp_path):
     assert out.returncode == 0, out.stderr[-2000:]
     killed, inside = map(int, out.stdout.split()[-2:])
     assert killed == 20 and inside >= 5
-    for part in ("actor/adapter_model", "critic/adapter_model", "value_head"):
+    for part in ("actor/adapter_model", "critic/adapter_model", "heads/value_head"):
         a = load_file(tmp_path / "whole" / f"{part}.safetensors")
         b = load_file(tmp_path / "killed" / "final" / f"{part}.safetensors")
         assert a.keys() == b.keys()

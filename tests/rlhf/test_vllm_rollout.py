@@ -57,7 +57,7 @@ def base(tmp_path) -> str:
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request, tmp_path_factory):
-    """Loaded once: vLLM takes most of a minute. Beside the model lies a reward head."""
+    """Loaded once: vLLM takes most of a minute. The model's folder has a reward head."""
     folder = str(tmp_path_factory.mktemp("vllm") / "base")
     plain_model(num_hidden_layers=3, **WIDE).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
