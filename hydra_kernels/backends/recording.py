@@ -30,6 +30,16 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def eager() -> bool:
+    """Whether an op is no more than a call: no compiler, mode, transform or trace sees it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 Function = TypeVar("Function", bound=Callable)
 
 

@@ -13,7 +13,7 @@ from hydra_kernels import backends  # noqa: F401  registers the kernels
 from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan
 from hydra_kernels.backends.reference import lora_linear as reference
-from hydra_kernels.ops.lora_passes import run
+from hydra_kernels.ops.lora_passes import run, run_eager
 
 _OP = "lora_linear"
 _GROUP = "lora_linear_group"
@@ -70,24 +70,34 @@ def lora_linear(
     """
     a, b = _pairs(lora_a, lora_b)
     scales = _scales(scaling, len(a))
+    key = None
+    known_kind = adapter_ids is None or isinstance(adapter_ids, Tensor)
+    if known_kind and _are_floats(scales) and recording.eager():
+        key = (
+            registry.asked_for(backend),
+            scales,
+            dropout,
+            len(a),
+            *[
+                None if t is None else (type(t), t.shape, t.dtype, t.is_cpu)
+                for t in (x, adapter_ids, weight, bias, *a, *b)
+            ],
+        )
+        plan = _PLANS.get(key)
+        if plan is not None:
+            drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
+            count = plan.counts[0]
+            tensors = (weight, bias, *a[:count], *b[:count])
+            return run_eager("cpu", plan, x, adapter_ids, drawn, tensors)[0]
     _check(x, weight, bias, a, b, dropout)
     _check_ids(x, adapter_ids)
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        key = None  # fits under autocast alone
     owners = range(len(a))
     if adapter_ids is None:
         a, b, scales, owners = a[:1], b[:1], scales[:1], owners[:1]
-    return gated_linear(
-        x,
-        weight,
-        bias,
-        a,
-        b,
-        scales,
-        owners,
-        adapter_ids,
-        dropout,
-        seed,
-        num_adapters=len(owners),
-        backend=backend,
+    return _choose_and_run(
+        x, weight, bias, a, b, scales, owners, adapter_ids, dropout, seed, len(owners), backend, key
     )
 
 
@@ -180,6 +190,56 @@ def gated_linear(
     None; ids are below ``num_adapters``. For modules, which know their shapes and hold only some of
     a model's adapters.
     """
+    key = None
+    if _are_floats(scaling) and recording.eager():
+        tensors = (weight, bias, *lora_a, *lora_b)
+        key = (
+            registry.asked_for(backend),
+            tuple(scaling),
+            dropout,
+            tuple(owners),
+            num_adapters,
+            *[
+                None if t is None else (type(t), t.dtype, t.is_cpu)
+                for t in (x, adapter_ids, *tensors)
+            ],
+        )
+        plan = _PLANS.get(key)
+        if plan is not None:
+            drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
+            return run_eager("cpu", plan, x, adapter_ids, drawn, tensors)[0]
+    return _choose_and_run(
+        x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, seed, num_adapters,
+        backend, key,
+    )  # fmt: skip
+
+
+# What calls on a CPU were found to be, by all that decides it: classes, devices, dtypes and shapes.
+_PLANS: dict[tuple, Plan] = {}
+
+
+def _are_floats(scaling: Sequence[float | Tensor]) -> bool:
+    for scale in scaling:
+        if type(scale) is not float:
+            return False
+    return True
+
+
+def _choose_and_run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float | Tensor],
+    owners: Sequence[int],
+    adapter_ids: Tensor | None,
+    dropout: float,
+    seed: int | Tensor | None,
+    num_adapters: int,
+    backend: str | None,
+    key: tuple | None,  # in _PLANS, where the call may be remembered
+) -> Tensor:
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
     tensors = (weight, bias, *lora_a, *lora_b)
     chosen = _select(_OP, backend, x, adapter_ids, drawn, tensors)
@@ -192,9 +252,18 @@ def gated_linear(
     given_b = lora_b
     lora_b, scales = _constant_scales(lora_b, scaling)
     plan = Plan((len(lora_a),), tuple(owners), scales, num_adapters, dropout)
+    if key is not None and chosen == "cpu" and _are_plain(x, adapter_ids, *tensors):
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = plan
     if lora_b is not given_b:
         tensors = (weight, bias, *lora_a, *lora_b)
     return run(chosen, plan, x, adapter_ids, drawn, tensors)[0]
+
+
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Whether they are no more than memory, on a CPU."""
+    return all(t is None or (type(t) in registry.PLAIN and t.is_cpu) for t in tensors)
 
 
 def gated_linear_group(

@@ -57,6 +57,22 @@ def run(
     return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
 
 
+def run_eager(
+    chosen: str,
+    plan: Plan,
+    x: Tensor,
+    adapter_ids: Tensor | None,
+    seed: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:
+    """:func:`run` where ``recording.eager()`` holds."""
+    if torch._C._is_any_autocast_enabled():
+        return run(chosen, plan, x, adapter_ids, seed, tensors)
+    if torch.is_grad_enabled():
+        return _apply(chosen, plan, adapter_ids, seed, None, x, *tensors)
+    return _forward(chosen, plan, adapter_ids, seed, x, tensors)[0]
+
+
 def _cast(
     dtype: torch.dtype | None, plan: Plan, x: Tensor, tensors: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -157,7 +157,8 @@ def installed(
             put(extension, "module", emulated)
             put(launch, "ticket", ticket)
             put(lora_linear, "_counters", {})
-            put(importlib.import_module("hydra_kernels.ops.lora_linear"), "_CHOICES", _Forgets())
+            for known in ("_CHOICES", "_PLANS"):
+                put(importlib.import_module("hydra_kernels.ops.lora_linear"), known, _Forgets())
             put(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
             put(torch.cuda, "is_current_stream_capturing", lambda: False)
             put(Tensor, "data_ptr", data_ptr)

@@ -388,7 +388,9 @@ def test_refusals():
     weight, bias, lora_a, lora_b, scaling = make_layer(5, 8, (2, 3))
     x = torch.randn(4, 3, 8)
     good = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
-    lora_linear(**good, bias=bias)  # the shapes that fit are remembered, and no others
+    # What fits is remembered, and nothing else.
+    for more in ({}, {"bias": bias}, {"adapter_ids": torch.zeros(4, dtype=torch.long)}):
+        lora_linear(**good, **more)
     for bad, message in [
         ({"x": x[..., :7]}, "x must be"),
         ({"weight": weight[0]}, "weight"),

@@ -20,12 +20,13 @@ def fwd(
     plan: Plan,
     ids: Tensor | None,
 ) -> list[Tensor]:
+    if len(a) == 1 and ids is None:
+        y = F.linear(x, weights[0], biases[0])
+        return [y.addmm_(F.linear(x, a[0]), b[0].t(), alpha=plan.scales[0])]
     found = _shrunk(x, a, plan, ids)
     if found is None:
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
     s, alpha = found
-    if len(b) == 1:
-        return [F.linear(x, weights[0], biases[0]).addmm_(s, b[0].t(), alpha=alpha)]
     ys = []
     start = 0
     for p, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

@@ -147,8 +147,8 @@ def bwd(
                     das[j], dbs[j] = da, db
                 return dx, das, dbs
             ids = None
-    das = [t.new_empty(t.shape) if need_a else None for t in a]
-    dbs = [t.new_empty(t.shape) if need_b else None for t in b]
+    das = [_new(t) if need_a else None for t in a]
+    dbs = [_new(t) if need_b else None for t in b]
     merges = need_x and ids is None and _merges(x, weights, a, plan)
     dx = x.new_empty(x.shape) if need_x and not merges else None
     flat = [None if dy is None else _rows(dy) for dy in dys]
@@ -231,8 +231,8 @@ def _few_bwd(
     need_b: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     x, ids = _rows(x), _long(ids)
-    das = [t.new_empty(t.shape) if need_a else None for t in a]
-    dbs = [t.new_empty(t.shape) if need_b else None for t in b]
+    das = [_new(t) if need_a else None for t in a]
+    dbs = [_new(t) if need_b else None for t in b]
     dx = None
     flat = [None if dy is None else _rows(dy) for dy in dys]
     projections: list[int] = []
@@ -326,6 +326,11 @@ def _merged(
 def _rows(t: Tensor) -> Tensor:
     """With its columns next to each other."""
     return t if t.stride()[1] == 1 else t.contiguous()
+
+
+def _new(t: Tensor) -> Tensor:
+    """Contiguous and not initialised; new_empty(t.shape) takes a microsecond longer."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
