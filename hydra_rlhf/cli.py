@@ -172,6 +172,7 @@ def _named(command: str, argv: list[str], names: Sequence[str]) -> list[str]:
 
 def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -193,6 +194,8 @@ def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
     for action in parser._actions:
         if action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS  # shown beside the setting that it turns off
+        if action.type is string_to_bool and action.nargs is None:  # `bool | None`: a switch too
+            action.nargs, action.const = "?", True
         if action.required:
             action.help = f"required: {action.help}"
     return parser

@@ -7,6 +7,7 @@ baseline that win rates and the KL are against.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,6 +91,7 @@ class Evaluation:
     prompts: list[str] = field(repr=False)
     answers: list[Answers] = field(repr=False)
     scores: list[list[float]] | None = field(repr=False, default=None)  # [policy][prompt]
+    sampling: dict[str, Any] | None = None  # the settings that the policies answered with
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -108,6 +110,7 @@ def answer(
     role: str = "reference",
     seed: int = 0,
     batch_size: int = 64,
+    apply_chat_template: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Answers:
     """Sample one answer a prompt.
@@ -122,7 +125,11 @@ def answer(
         reward_model: With the same tokenizer; gives ``rewards`` instead, of its reward head.
         seed: Of the sampler: the same for each policy, and apart from the global generator.
         batch_size: Prompts at a time.
+        apply_chat_template: Wrap each prompt in the tokenizer's chat template, as one user turn.
         on_batch: Called with the number of prompts done.
+
+    Raises:
+        UserError: a prompt has no tokens, or too many; before the first is answered.
     """
     answers = Answers(name, [], [], [])
     if baseline is not None:
@@ -131,17 +138,20 @@ def answer(
             reward_model = baseline
     if reward_model is not None:
         answers.rewards = []
+    encode = functools.partial(
+        rollouts.encode_prompts,
+        tokenizer,
+        max_length=_room(model, sampling),
+        apply_chat_template=apply_chat_template,
+    )
+    if prompts:
+        encode([prompt.prompt for prompt in prompts])  # what cannot be answered, by its own number
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             texts = [prompt.prompt for prompt in prompts[start : start + batch_size]]
-            ids, mask = rollouts.encode_prompts(
-                tokenizer,
-                texts,
-                max_length=_room(model, sampling),
-                device=model.device,
-            )
+            ids, mask = encode(texts, device=model.device)
             rollout = rollouts.generate(model, ids, mask, sampling, role=role)
             answers.responses += rollouts.decode(tokenizer, rollout)
             answers.tokens += rollout.response_mask.sum(-1).tolist()

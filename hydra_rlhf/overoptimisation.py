@@ -133,6 +133,7 @@ def follow(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    apply_chat_template: bool = False,
     on_policy: Callable[[int], None] | None = None,
 ) -> Curve:
     """Answers, learned reward and judge's reward of every checkpoint of a PPO run.
@@ -145,6 +146,7 @@ def follow(
         sampling: How to answer.
         seed: Of sampling and of the intervals.
         batch_size: Prompts at a time.
+        apply_chat_template: Wrap each prompt in the chat template, as one user turn.
         on_policy: Called with the number of policies done; the start is one.
 
     Raises:
@@ -166,6 +168,7 @@ def follow(
             reward_model=run.reward_model,
             seed=seed,
             batch_size=batch_size,
+            apply_chat_template=apply_chat_template,
         )
         if run.reward_fn is not None:
             rewards = call_reward_fn(

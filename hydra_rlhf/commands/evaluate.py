@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra_rlhf import data, evaluate, hub, overoptimisation, sft
+from hydra_rlhf import data, evaluate, hub, overoptimisation, run_sampling, sft
 from hydra_rlhf.commands.inputs import choose_backend
 from hydra_rlhf.curves import draw_overoptimisation
 from hydra_rlhf.data import Prompt, bundled
@@ -17,6 +17,7 @@ from hydra_rlhf.overoptimisation import Curve
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rewards import ClassifierReward, load_reward_fn
 from hydra_rlhf.rollout import Sampling, pad_token_id, stop_token_ids
+from hydra_rlhf.run_sampling import Chosen
 from hydra_rlhf.settings import required, setting
 
 
@@ -55,8 +56,24 @@ class EvaluateConfig:
         default_factory=list,
         metadata={"help": "cost of a million prompt tokens and of a million reply tokens"},
     )
-    temperature: float = setting(1.0, "of sampling; 0 is greedy")
-    response_length: int = setting(64, "most tokens in an answer")
+    temperature: float | None = setting(
+        None,
+        "of sampling; 0 is greedy. This and the next seven, where not set, are those that the "
+        "policies' runs of ppo were trained with; where no policy has such a run, 1.0",
+    )
+    response_length: int | None = setting(None, "most tokens in an answer; else 64")
+    top_k: int | None = setting(None, "sample from the k likeliest tokens; else 0, which is off")
+    top_p: float | None = setting(None, "nucleus sampling; else 1, which is off")
+    min_response_length: int | None = setting(
+        None, "fewest tokens before a stop token may come; else 0"
+    )
+    stop_token: str | None = setting(
+        None, "text of one token at which an answer ends besides EOS; else eos"
+    )
+    stop_token_id: int | None = setting(None, "the id of that token, in place of stop_token")
+    apply_chat_template: bool | None = setting(
+        None, "wrap text prompts in each policy's chat template, as one user turn; else false"
+    )
     batch_size: int = setting(64, "prompts answered at a time")
     rouge: bool = setting(False, "ROUGE against a reference, completion or chosen column")
     output: str | None = setting(
@@ -71,11 +88,15 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("response_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "num_prompts", "show"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name in ("temperature", "num_prompts", "show", "top_k", "min_response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must not be negative, got {value}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("judge_url and judge_model go together")
         if len(self.judge_prices) not in (0, 2):
@@ -104,10 +125,12 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
         return _along(config, named, device)
     baseline, tokenizer = evaluate.load_policy(named[0][1], base=config.base, device=device)
     prompts = _prompts(config, tokenizer)
+    chosen = _sampling_settings(config, named, prompts)
     judge = _judge(config, device)
     if judge is None and not bool(baseline.reward_head.weight.any()):
         raise UserError(f"judge 'reward': {named[0][1]} has no reward head; give --judge")
     tracker = Tracker(None)
+    tracker.say(str(chosen))
     answers: list[Answers] = []
     with tracker.progress("Answers", len(named) * len(prompts)) as bar:
         for index, (name, path) in enumerate(named):
@@ -125,11 +148,12 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
                     model,
                     own,
                     prompts,
-                    _sampling(config, own),
+                    _sampling(chosen, own),
                     # Log-probabilities of one vocabulary mean nothing in another.
                     baseline=baseline if same else None,
                     seed=config.seed,
                     batch_size=config.batch_size,
+                    apply_chat_template=chosen.values["apply_chat_template"],
                     on_batch=on_batch,
                 )
             )
@@ -138,6 +162,7 @@ def run(config: EvaluateConfig) -> Evaluation | list[Curve]:
     evaluation = evaluate.judge_answers(
         prompts, answers, judge, seed=config.seed, rouge=config.rouge
     )
+    evaluation.sampling = chosen.values
     _show(config, tracker, evaluation)
     if judge.name == evaluate.REWARD_JUDGE:
         tracker.say("note: judged by the reward head that PPO trains against; --judge for another")
@@ -161,15 +186,18 @@ def _along(config: EvaluateConfig, named: list[tuple[str, str]], device: Any) ->
     for name, path in named:
         ppo_run = overoptimisation.open_run(path, base=config.base, device=device)
         prompts = _prompts(config, ppo_run.tokenizer)
+        chosen = _sampling_settings(config, [(name, path)], prompts)
+        tracker.say(str(chosen))
         with tracker.progress(name, 1 + len(ppo_run.adapters)) as bar:
             curve = overoptimisation.follow(
                 name,
                 ppo_run,
                 prompts,
                 judge,
-                _sampling(config, ppo_run.tokenizer),
+                _sampling(chosen, ppo_run.tokenizer),
                 seed=config.seed,
                 batch_size=config.batch_size,
+                apply_chat_template=chosen.values["apply_chat_template"],
                 on_policy=bar.update,
             )
         curves.append(curve)
@@ -186,13 +214,36 @@ def _along(config: EvaluateConfig, named: list[tuple[str, str]], device: Any) ->
     return curves
 
 
-def _sampling(config: EvaluateConfig, tokenizer: Any) -> Sampling:
+def _sampling_settings(
+    config: EvaluateConfig, policies: list[tuple[str, str]], prompts: list[Prompt]
+) -> Chosen:
+    given = {name: getattr(config, name) for name in run_sampling.DEFAULTS}
+    chosen = run_sampling.choose(given, policies)
+    least, most = (chosen.values[f"{which}response_length"] for which in ("min_", ""))
+    if least > most:
+        raise UserError(f"min_response_length {least} is above response_length {most}")
+    # Messages have been put into the template already: a run's setting was about its own prompts.
+    if chosen.values["apply_chat_template"] and any("prompt_messages" in p.extra for p in prompts):
+        if config.apply_chat_template:
+            raise UserError(
+                f"apply_chat_template is for text prompts; {config.prompts} has messages, which "
+                "the chat template has made into text already"
+            )
+        chosen.values["apply_chat_template"] = False
+    return chosen
+
+
+def _sampling(chosen: Chosen, tokenizer: Any) -> Sampling:
+    values = chosen.values
     return Sampling(
-        response_length=config.response_length,
-        temperature=config.temperature or 1.0,
-        stop_ids=stop_token_ids(tokenizer, "eos"),
+        response_length=values["response_length"],
+        temperature=values["temperature"] or 1.0,
+        stop_ids=stop_token_ids(tokenizer, values["stop_token"], values["stop_token_id"]),
         pad_id=pad_token_id(tokenizer),
-        do_sample=config.temperature > 0,
+        top_k=values["top_k"],
+        top_p=values["top_p"],
+        min_response_length=values["min_response_length"],
+        do_sample=values["temperature"] > 0,
     )
 
 
