@@ -128,6 +128,8 @@ def calls(tensors: Inputs, mode: str) -> dict:
             absent[name] = Absent("its kernels need a GPU")
         elif importlib.util.find_spec(package) is None:
             absent[name] = Absent(f"{package} is not installed")
+        elif package == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            absent[name] = Absent(f"torch {torch.__version__} has no linear_cross_entropy")
         else:
             functions[name] = call
 

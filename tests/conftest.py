@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import no_hypothesis
+from tests.lost_device import LostDevice
 
 if importlib.util.find_spec("hypothesis") is None:
     no_hypothesis.install()
@@ -20,16 +21,30 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config):
+    if torch.cuda.is_available():
+        lost_device = LostDevice(torch.cuda.synchronize, hasattr(config, "workerinput"))
+        config.pluginmanager.register(lost_device)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if torch.cuda.is_available():
-            # What is tested through Triton's interpreter or not at all elsewhere runs there.
-            params = getattr(item, "callspec", None)
-            if params is not None and params.params.get("backend") in ("cuda", "triton"):
+            if runs_on_a_gpu(item):
                 item.add_marker(pytest.mark.gpu)
         elif item.get_closest_marker("gpu"):  # not `in keywords`: tests/gpu is one too
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
+
+
+def runs_on_a_gpu(item: pytest.Item) -> bool:
+    """Whether a test that a GPU is not asked of runs there if there is one: elsewhere it runs
+    through Triton's interpreter or not at all."""
+    if "cuda_on_cpu" in item.path.parts:
+        return False  # the kernels that are called "cuda" there run on the CPU everywhere
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    asked = params.get("backend") in ("cuda", "triton")
+    return asked or getattr(item.module, "DEVICE", None) == "cuda"
 
 
 @pytest.fixture(autouse=True)

@@ -130,9 +130,7 @@ def test_a_part_is_stopped_at_its_limit_and_the_next_one_runs(driver, tmp_path):
     assert code == 1
     assert [p["status"] for p in summary["parts"]] == ["out of time", "ok"]
     assert (out / "tests.log").read_text() == "kept what there was\n"
-    pid = int((out / "child").read_text())
-    status = Path(f"/proc/{pid}/status")
-    assert not status.exists() or "zombie" in status.read_text()
+    assert not alive(int((out / "child").read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -157,6 +155,56 @@ def test_being_stopped_is_within_the_limit(driver, check, monkeypatch):
     _, summary, _ = driver({"tests": stubborn}, limits={"tests": 6})
     (part,) = summary["parts"]
     assert part["status"] == "out of time" and part["seconds"] < 6.9
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "zombie" not in status.read_text()
+
+
+def test_what_a_part_leaves_behind_is_ended(driver, capsys):
+    """In a session of its own, as compile workers are: it would keep the device's memory."""
+    leaves = """
+import pathlib, subprocess, sys
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(sleep, start_new_session=True)
+pathlib.Path(sys.argv[1], "child").write_text(str(child.pid))
+"""
+    code, summary, out = driver({"tests": leaves, "ops": "print('ran')\n"})
+    assert code == 0
+    assert not alive(int((out / "child").read_text()))
+    assert "1 processes of it were still there" in capsys.readouterr().out
+
+
+def test_no_part_goes_past_the_end_of_the_whole(driver, check, monkeypatch):
+    """Whatever the limits of the parts add up to."""
+    monkeypatch.setattr(check.main, "TOTAL", 4.0)
+    monkeypatch.setattr(check.main, "ENDING", 0.5)
+    started = time.monotonic()
+    sleeps = dict.fromkeys(("build", "tests", "ops"), "import time\ntime.sleep(60)\n")
+    _, summary, _ = driver(sleeps)
+    assert time.monotonic() - started < 12
+    assert [p["status"] for p in summary["parts"]] == ["out of time"] * 3
+
+
+def test_the_summary_is_there_when_the_run_is_killed(driver, check, monkeypatch, tmp_path):
+    """By SIGKILL, which nothing can answer."""
+    seen = tmp_path / "seen.json"
+    looks = (
+        "import pathlib, sys\n"
+        f"pathlib.Path({str(seen)!r}).write_text(pathlib.Path(sys.argv[1], 'gpu_check.json')"
+        ".read_text())\n"
+    )
+    driver({"build": "print('built')\n", "tests": looks})
+    summary = json.loads(seen.read_text())
+    assert [(p["name"], p["status"]) for p in summary["parts"]] == [("build", "ok")]
+
+
+def test_a_folder_that_cannot_be_written_is_named(driver, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit):
+        driver({"build": ""})
+    assert "cannot write to OUT and build/" in capsys.readouterr().err
 
 
 def test_a_part_that_crashes_is_a_failed_one(driver):
@@ -224,7 +272,8 @@ def test_bytes_decide_where_they_take_longer(check):
 
 
 def test_an_op_without_a_time_is_in_the_table(check):
-    records = [record("gae", "cuda", None, status="wrong"), record("gae", "eager", 1.0)]
+    records = [record("gae", "cuda", None, status="wrong"), record("gae", "eager", 1.0),
+               record("gae", "reference", 0.5)]  # fmt: skip
     (row,) = check.report.op_rows(records)
     assert row["ours"] == "wrong" and row["ours ms"] is None and row["best peer"] == "eager"
     text = check.report.table(check.report.OP_COLUMNS, [row]).splitlines()[-1].split()
@@ -237,19 +286,106 @@ def test_a_line_that_was_cut_short_is_left_out(check, tmp_path):
     assert check.report.read_records(path) == CEILINGS[:1]
 
 
-def test_counts_of_the_tests(check, tmp_path):
-    junit = tmp_path / "tests.xml"
-    junit.write_text(
-        "<testsuites><testsuite>"
-        '<testcase classname="tests.a" name="one"/>'
-        '<testcase classname="tests.a" name="two"><failure message="x != y&#10;more"/></testcase>'
-        '<testcase classname="tests.a" name="three"><skipped message="why"/></testcase>'
-        "</testsuite></testsuites>"
+SUITE = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("n", range(3))
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_first(backend, n):
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_loses_the_device():
+    os.environ["LOST"] = "1"
+
+@pytest.mark.skip(reason="needs two GPUs")
+def test_of_two():
+    pass
+
+def test_last():
+    pass
+"""
+CONFTEST = """
+import os
+from tests.lost_device import LostDevice
+
+def synchronize():
+    if "LOST" in os.environ:
+        raise RuntimeError("an illegal memory access was encountered")
+
+def pytest_configure(config):
+    worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(LostDevice(synchronize, worker))
+"""
+
+
+def run_suite(check, folder, *args):
+    (folder / "test_suite.py").write_text(SUITE)
+    (folder / "conftest.py").write_text(CONFTEST)
+    record = folder / "record.jsonl"
+    env = {**os.environ, "GPU_CHECK_RECORD": str(record), "PYTHONPATH": f"{FOLDER}:{ROOT}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "record_tests", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=120
     )
-    counts = check.report.test_counts(junit)
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
-    assert counts["failures"] == [{"test": "tests.a::two", "said": "x != y"}]
-    assert check.report.test_counts(tmp_path / "missing.xml") == {}
+    return check.report.test_counts(record), done.stdout, record
+
+
+def test_counts_of_the_tests_and_which_one_lost_the_device(check, tmp_path):
+    """In one process those after it are skipped, and say because of what."""
+    counts, said, record = run_suite(check, tmp_path)
+    # Each function on each backend comes before any has its second parameters.
+    started = [e["started"] for e in map(json.loads, record.open()) if "started" in e]
+    assert [s.split("::")[1] for s in started] == [
+        "test_first[cuda-0]", "test_first[triton-0]", "test_fails", "test_loses_the_device",
+        "test_of_two", "test_last", "test_first[cuda-1]", "test_first[triton-1]",
+        "test_first[cuda-2]", "test_first[triton-2]",
+    ]  # fmt: skip
+    lost = "test_suite.py::test_loses_the_device"
+    assert [f["test"] for f in counts["failures"]] == ["test_suite.py::test_fails", lost]
+    assert counts["failures"][0]["said"] == "assert 1 == 2"
+    assert "has lost the CUDA context: an illegal memory access" in counts["failures"][1]["said"]
+    assert (counts["collected"], counts["passed"], counts["failed"]) == (10, 2, 2)
+    assert counts["skips"] == {f"Skipped: the CUDA context was lost in {lost}": 6}
+    assert counts["not reached"] == 0 and counts["running when stopped"] == []
+    assert "FAILED test_suite.py::test_fails (call)" in said and "assert 1 == 2" in said
+
+
+def test_a_worker_that_lost_the_device_is_replaced(check, tmp_path):
+    pytest.importorskip("xdist")
+    counts, _, _ = run_suite(check, tmp_path, "-n", "1", "--dist", "load", "--maxschedchunk", "1")
+    lost = "test_suite.py::test_loses_the_device"
+    assert [f["test"] for f in counts["failures"]] == ["test_suite.py::test_fails", lost]
+    assert "has lost the CUDA context" in counts["failures"][1]["said"]
+    assert (counts["passed"], counts["failed"]) == (7, 2)
+    assert counts["skips"] == {"Skipped: needs two GPUs": 1}
+
+
+def test_counts_of_a_run_that_was_cut_short(check, tmp_path):
+    path = tmp_path / "tests.jsonl"
+    events = [{"collected": 9}, {"started": "a"}, {"started": "b"},
+              {"test": "a", "outcome": "passed", "seconds": 1.0},
+              {"test": "a", "outcome": "failed", "when": "teardown", "said": "left something"},
+              {"started": "c"}]  # fmt: skip
+    path.write_text("".join(json.dumps(e) + "\n" for e in events) + '{"test": "b", "outc')
+    counts = check.report.test_counts(path)
+    assert (counts["passed"], counts["failed"], counts["not reached"]) == (0, 1, 6)
+    assert counts["running when stopped"] == ["b", "c"]
+    assert check.report.test_counts(tmp_path / "missing.jsonl") == {}
+    summary = {
+        "device": None, "commit": "abc", "seconds": 1.0, "parts": [], "tests": counts,
+        "dry_run": False, "sanitizer": None, "ceilings": {}, "ops": [], "ppo": [],
+        "problems": [check.report.problem(
+            record("gae", "cuda", None, status="wrong") | {"why": "output 0 differs"}
+        )],
+    }  # fmt: skip
+    said = check.report.text(summary)
+    assert "0 passed, 1 failed, 0 skipped, 6 not reached" in said
+    assert "    a: left something" in said and "running when stopped: c" in said
+    assert "wrong: gae fwd cuda bfloat16 M=8: output 0 differs" in said
 
 
 def test_the_copy_follows_the_tree(check, tmp_path):

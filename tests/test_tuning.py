@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hydra_kernels.backends import tuning
+from tests.numerics import device_of
 
+DEVICE = device_of("triton")
 DEFAULT, WIDE, BROKEN = {"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 4096}
 CANDIDATES = (DEFAULT, BROKEN, WIDE)
 ON_GPU = SimpleNamespace(device=torch.device("cuda", 0))
@@ -180,7 +182,7 @@ def test_every_choice_gives_the_same_answer(monkeypatch):
     from hydra_kernels import ppo_loss
     from hydra_kernels.backends.triton import ppo_loss as kernel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE
     names = ("logprobs", "values", "old_logprobs", "old_values", "advantages", "returns")
     inputs = {name: torch.randn(3, 1000, device=device) for name in names}
     inputs["mask"] = torch.rand(3, 1000, device=device) < 0.7
@@ -197,7 +199,7 @@ def test_every_choice_of_linear_logprob_gives_the_same_answer(monkeypatch, refer
     from hydra_kernels import linear_logprob
     from hydra_kernels.backends.triton import linear_logprob as kernel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE
     hidden, ref = (torch.randn(70, 96, device=device).half() for _ in range(2))
     weight = torch.randn(700, 96, device=device).half() / 10
     targets = torch.randint(700, (70,), device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,11 @@ def op_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (op, mode, shape, dtype), group in groups.items():
         timed = sorted((r for r in group if r["ms"] is not None), key=lambda r: r["ms"])
-        mine = [r for r in timed if r["backend"] in OURS]
+        # The reference stands for ours only where there is nothing else: not in place of a backend
+        # that is wrong here.
+        own = {r["backend"] for r in group if r["backend"] in OURS}
+        own = own - {"reference"} or own
+        mine = [r for r in timed if r["backend"] in own]
         peers = [r for r in timed if r["backend"] not in (*OURS, *LIMITS)]
         row: dict[str, Any] = dict.fromkeys(OP_COLUMNS)
         row |= {"op": op, "mode": mode, "shape": shape, "dtype": dtype}
@@ -82,7 +86,7 @@ def op_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row |= {"ours": mine[0]["backend"], "ours ms": mine[0]["ms"], "ceiling ms": ceiling}
             row["share"] = ceiling / mine[0]["ms"] if ceiling else None
         else:
-            whys = {r["status"] for r in group if r["backend"] in OURS}
+            whys = {r["status"] for r in group if r["backend"] in own}
             row["ours"] = ", ".join(sorted(whys)) or "no row"
         if peers:
             row |= {"best peer": peers[0]["backend"], "peer ms": peers[0]["ms"]}
@@ -108,30 +112,43 @@ def ppo_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_counts(path: Path) -> dict[str, Any]:
-    """Of pytest's junit file: counts, and which failed."""
-    if not path.exists():
-        return {}
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        return {"unreadable": str(error)}
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    for case in root.iter("testcase"):
-        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if bad is not None:
-            counts["failed"] += 1
-            name = f"{case.get('classname')}::{case.get('name')}"
-            said = (bad.get("message") or "").splitlines()
-            counts["failures"].append({"test": name, "said": said[0][:300] if said else ""})
-        elif case.find("skipped") is not None:
-            counts["skipped"] += 1
+    """Of the lines of record_tests.py: counts, what failed in the order in which it did, and what
+    the end of the run cut short. A test that ran fails if what came before or after it did."""
+    outcomes: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    skips: dict[str, int] = {}
+    running: dict[str, None] = {}
+    collected = None
+    for event in read_records(path):
+        if "collected" in event:
+            collected = event["collected"]
+        elif "started" in event:
+            running[event["started"]] = None
         else:
-            counts["passed"] += 1
-    return counts
+            test, outcome = event["test"], event["outcome"]
+            running.pop(test, None)
+            if outcome == "failed":
+                failures.setdefault(test, event["said"])
+            elif outcome == "skipped":
+                skips[event["said"]] = skips.get(event["said"], 0) + 1
+            if outcomes.get(test) != "failed":
+                outcomes[test] = outcome
+    if not outcomes and collected is None:
+        return {}
+    counts = _count(outcomes.values())
+    names = ("passed", "failed", "skipped")
+    return {
+        "collected": collected,
+        **{name: counts.get(name, 0) for name in names},
+        "not reached": max(0, (collected or 0) - len(set(outcomes) | set(running))),
+        "running when stopped": list(running),
+        "failures": [{"test": test, "said": said} for test, said in failures.items()],
+        "skips": skips,
+    }
 
 
 def collect(
-    out: Path, parts: list[dict[str, Any]], junit: Path, commit: str, dry_run: bool
+    out: Path, parts: list[dict[str, Any]], tests: Path, commit: str, dry_run: bool
 ) -> dict[str, Any]:
     ops, methods = read_records(out / "ops.jsonl"), read_records(out / "ppo.jsonl")
     some = next(iter(ops + methods), {})
@@ -145,13 +162,20 @@ def collect(
         "date": some.get("date"),
         "versions": some.get("versions"),
         "parts": parts,
-        "tests": test_counts(junit),
+        "tests": test_counts(tests) if "tests" in {part["name"] for part in parts} else {},
         "sanitizer": not_run[0] if not_run else None,
         "ceilings": {f"{mode} {dtype}": v for (mode, dtype), v in ceilings(ops).items()},
         "ops": op_rows(ops),
         "ppo": ppo_rows(methods),
         "statuses": _count(r["status"] for r in ops + methods),
+        "problems": [problem(r) for r in ops + methods if r["status"] in ("wrong", "failed")],
     }
+
+
+def problem(record: dict[str, Any]) -> str:
+    shape = " ".join(f"{k}={v}" for k, v in record["shape"].items())
+    row = (record[name] for name in ("op", "mode", "backend", "dtype"))
+    return f"{record['status']}: {' '.join(row)} {shape}: {record['why']}"
 
 
 def _count(values) -> dict[str, int]:
@@ -180,22 +204,34 @@ def text(summary: dict[str, Any]) -> str:
     lines = [f"\n{where}, commit {summary['commit']}, {summary['seconds']:.0f} s"]
     for part in summary["parts"]:
         lines.append(f"  {part['name']:<10} {part['status']:<12} {part['seconds']:6.0f} s")
-    if tests := summary["tests"]:
+    tests = summary["tests"]
+    if tests and summary["dry_run"]:
+        lines.append(f"  tests: {tests['collected']} collected")
+    elif tests:
         lines.append(
-            f"  tests: {tests.get('passed')} passed, {tests.get('failed')} failed, "
-            f"{tests.get('skipped')} skipped"
+            f"  tests: {tests['passed']} passed, {tests['failed']} failed, "
+            f"{tests['skipped']} skipped, {tests['not reached']} not reached"
         )
-        lines += [f"    {f['test']}: {f['said'][:100]}" for f in tests.get("failures", [])[:10]]
+        # The first ones first: after an error of the device those that follow may be its.
+        lines += some(f"    {f['test']}: {f['said'][:100]}" for f in tests["failures"])
+        lines += some(f"    running when stopped: {test}" for test in tests["running when stopped"])
     if summary["sanitizer"]:
         lines.append(f"  sanitizer: {summary['sanitizer']}")
     for key, rate in summary["ceilings"].items():
         if not key.endswith("any"):
             lines.append(f"  {key}: {rate:.0f} {'GB/s' if key.startswith('copy') else 'TFLOP/s'}")
+    lines += some(f"  {problem}" for problem in summary["problems"])
     if summary["ops"]:
         lines += ["", table(OP_COLUMNS, summary["ops"])]
     if summary["ppo"]:
         lines += ["", table(PPO_COLUMNS, summary["ppo"])]
     return "\n".join(lines)
+
+
+def some(lines: Iterable[str], most: int = 10) -> list[str]:
+    lines = list(lines)
+    more = [f"    and {len(lines) - most} more"] if len(lines) > most else []
+    return lines[:most] + more
 
 
 def table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:

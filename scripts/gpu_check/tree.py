@@ -49,6 +49,7 @@ def copy(root: Path, to: Path, skip: Iterable[Path] = ()) -> None:
         if target.exists() and filecmp.cmp(root / path, target, shallow=False):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # which may be read-only, as its source was
         shutil.copy(root / path, target)
 
 
@@ -57,7 +58,7 @@ def commit(root: Path) -> str:
     if given := os.environ.get("HYDRA_COMMIT"):
         return given
     try:
-        git = ["git", "-C", str(root)]
+        git = ["git", "--no-optional-locks", "-C", str(root)]  # status would write to the index
         short = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()
