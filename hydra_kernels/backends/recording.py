@@ -54,11 +54,20 @@ def is_fake(t: Tensor) -> bool:
     return hasattr(t, "fake_mode")
 
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_grads_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def batched(t: Tensor) -> bool:
+    """Whether it stands for many: under torch.vmap, or torch.autograd.grad's is_grads_batched."""
+    return _wrapped(t) or _is_grads_batched(t)
+
+
 def readable(t: Tensor) -> bool:
     """Whether the values of a tensor on a CPU are there to be looked at."""
     if torch.compiler.is_compiling() or is_fake(t):
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):  # vmap's have one for each of the batch
+    if batched(t):
         return False
     return torch._C._get_dispatch_mode(_PROXY) is None
 

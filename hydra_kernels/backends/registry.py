@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import torch
@@ -80,10 +80,26 @@ class AllBackends(dict[str, Backends]):
         return "\n".join(lines)
 
 
+@dataclass
+class _Installed:
+    """Of one op: what each backend that this install can run refuses, in the order of trying; and
+    which of them was chosen for float32 tensors on a device."""
+
+    unsupported: dict[str, Callable[..., list[str]]]
+    chosen: dict[tuple[str | None, torch.device], str] = field(default_factory=dict)
+
+
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 _ORDER: dict[str, tuple[str, ...]] = {}
 _UNAVAILABLE: dict[str, str] = {}
-_INSTALLED: dict[str, list[tuple[str, Callable[..., list[str]]]]] = {}  # cleared by what changes it
+_INSTALLED: dict[str, _Installed] = {}  # by op; cleared by what changes it
+_SAID: set[str] = set()  # the ops of which a log line says what this install cannot run
+
+
+def _forget() -> None:
+    """What was found out about the ops before a kernel, an order or a reason was new."""
+    _INSTALLED.clear()
+    _SAID.clear()
 
 
 def register(op: str, backend: str, kernel: Kernel) -> None:
@@ -94,7 +110,7 @@ def register(op: str, backend: str, kernel: Kernel) -> None:
     if backend in table:
         raise ValueError(f"{op} already has a kernel for backend {backend!r}")
     table[backend] = kernel
-    _INSTALLED.clear()
+    _forget()
 
 
 def prefer(op: str, order: tuple[str, ...]) -> None:
@@ -102,13 +118,13 @@ def prefer(op: str, order: tuple[str, ...]) -> None:
     if sorted(order) != sorted(PRIORITY):
         raise ValueError(f"{op}: the order must name each of {', '.join(PRIORITY)} once")
     _ORDER[op] = order
-    _INSTALLED.clear()
+    _forget()
 
 
 def unavailable(backend: str, reason: str) -> None:
     """Says why no kernel of ``backend`` could be registered."""
     _UNAVAILABLE[backend] = reason
-    _INSTALLED.clear()
+    _forget()
 
 
 def kernel(op: str, backend: str) -> Kernel:
@@ -187,15 +203,23 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
             if t is not None and type(t) not in PLAIN and not _has_an_address(t):
                 reason = f"kernels take no {type(t).__qualname__}"
                 return _only_reference(op, backend, "these tensors", reason)
+    installed = _installed(op).unsupported
     if backend is None:
-        for name, unsupported in _installed(op):
+        if not torch.compiler.is_compiling() and op not in _SAID:
+            _SAID.add(op)
+            why_not = _available(op).why_not
+            for name in backends(op):
+                if name in why_not:
+                    _say_once(op, name, why_not[name])
+        for name, unsupported in installed.items():
             reasons = unsupported(*tensors)
             if not reasons:
                 return name
             if not torch.compiler.is_compiling():
                 _say_once(op, name, "; ".join(reasons))
         raise AssertionError("unreachable: the reference runs anything")
-    reasons = _reasons(op, backend, tensors)
+    refuses = installed.get(backend)
+    reasons = _missing(op, backend) if refuses is None else refuses(*tensors)
     if reasons:
         given = ", ".join(
             f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors if t is not None
@@ -203,6 +227,19 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         why = "; ".join(reasons)
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run {given}: {why}")
     return backend
+
+
+def select_alike(op: str, backend: str | None, one: Tensor) -> str:
+    """As :func:`select`, of tensors of which each has the device of ``one``, is float32 (or bool)
+    and no more than memory, and outside of a compiler. For ops that refuse by device and dtype
+    alone: what was chosen is not asked about again."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return select(op, backend, one)
+    chosen = _installed(op).chosen
+    key = (asked_for(backend), one.device)
+    if key not in chosen:
+        chosen[key] = select(op, backend, one)
+    return chosen[key]
 
 
 _TRANSFORMS = "torch.func's transforms (grad, vmap, jvp) need PyTorch's own operations"
@@ -244,19 +281,17 @@ def asked_for(backend: str | None) -> str | None:
     return os.fsdecode(found) if found else None
 
 
-def _installed(op: str) -> list[tuple[str, Callable[..., list[str]]]]:
-    """The backends that this install can run, in order, with what each one refuses. Found once:
-    ops of some microseconds ask at every call."""
+def _installed(op: str) -> _Installed:
+    """Found once: ops of some microseconds ask at every call."""
     compiling = torch.compiler.is_compiling()  # a graph would be guarded by what is kept
     found = None if compiling else _INSTALLED.get(op)
     if found is None:
         names = _available(op)
-        found = [(n, _nothing if n == REFERENCE else _KERNELS[op][n].unsupported) for n in names]
+        found = _Installed(
+            {n: _nothing if n == REFERENCE else _KERNELS[op][n].unsupported for n in names}
+        )
         if not compiling:
             _INSTALLED[op] = found
-            for name in backends(op):
-                if name in names.why_not:
-                    _say_once(op, name, names.why_not[name])
     return found
 
 

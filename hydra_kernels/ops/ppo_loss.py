@@ -102,10 +102,11 @@ def ppo_loss(
         old_values = returns = None
     tensors: tuple[Tensor | None, ...]
     tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, kl)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _alike(tensors, mask) and 0.0 < cliprange < 1.0 and cliprange_value > 0.0:
+    coefs = (cliprange, cliprange_value, vf_coef, ent_coef, kl_coef)
+    watched = recording.watched()
+    if not watched and _alike(tensors, mask) and 0.0 < cliprange < 1.0 and cliprange_value > 0.0:
         some = logprobs if logprobs is not None else values
-        chosen = registry.select(_OP, backend, some)  # the others are as this one
+        chosen = registry.select_alike(_OP, backend, some)
     else:
         _check(tensors, mask, cliprange, cliprange_value)
         # Half precision is widened, which is exact; float64 stays, for the reference.
@@ -115,15 +116,15 @@ def ppo_loss(
         )
         tensors = (*tensors[:2], *map(_constant, tensors[2:6]), *tensors[6:])
         chosen = registry.select(_OP, backend, *tensors, mask)
-    coefs = (cliprange, cliprange_value, vf_coef, ent_coef, kl_coef)
+        if chosen != registry.REFERENCE:
+            tensors = tuple(None if t is None else t.contiguous() for t in tensors)
+            mask = mask.contiguous()
     if chosen == registry.REFERENCE:
         constants = tuple(map(_constant, tensors[2:6]))
         coefs_and_kl = (*coefs[:3], tensors[6], ent_coef, tensors[7], kl_coef)
         return PPOLoss(*reference.ppo_loss(*tensors[:2], *constants, mask, *coefs_and_kl))
-    inputs = PPOInputs._make(
-        [*[t if t is None else t.contiguous() for t in (*tensors, mask)], *coefs]
-    )
-    if recording.watched():
+    inputs = PPOInputs(*tensors, mask, *coefs)
+    if watched:
         stats = torch.ops.hydra.ppo_loss_fwd(*inputs, chosen)[0]
         loss, policy_loss, value_loss, entropy_, kl_, *rest, _ = stats.unbind(0)
         return PPOLoss(loss, policy_loss, value_loss, entropy_, kl_, *(t.detach() for t in rest))
@@ -135,7 +136,7 @@ def ppo_loss(
         return PPOLoss._make(means[:9])
     made = (stats, dlogprobs, dvalues, means, inputs, chosen)
     losses = _apply(made, inputs.logprobs, inputs.values, inputs.entropy, inputs.kl)
-    return PPOLoss._make(losses + means[5:9])
+    return PPOLoss._make(losses + means[len(losses) : 9])
 
 
 def _constant(t: Tensor | None) -> Tensor | None:
@@ -156,7 +157,7 @@ _NAMES = (
 
 def _alike(tensors: tuple[Tensor | None, ...], mask: Tensor) -> bool:
     """Whether there is nothing to refuse and nothing to convert: the usual call, in one look
-    at each tensor. What is not alike goes through ``_check``, which says why."""
+    at each tensor. What is not alike goes through ``_check``, which says why, if it is wrong."""
     logprobs, values, old_logprobs, old_values, advantages, returns, _, _ = tensors
     if logprobs is None:
         if values is None:
@@ -165,11 +166,17 @@ def _alike(tensors: tuple[Tensor | None, ...], mask: Tensor) -> bool:
         return False
     if values is not None and (old_values is None or returns is None):
         return False
-    shape, device, float32 = mask.shape, mask.device, torch.float32
+    shape, device, float32, plain = mask.shape, mask.device, torch.float32, registry.PLAIN
     for t in tensors:
-        if t is not None and (t.dtype is not float32 or t.shape != shape or t.device != device):
+        if t is not None and (
+            type(t) not in plain
+            or t.dtype is not float32
+            or t.shape != shape
+            or t.device != device
+            or not t.is_contiguous()
+        ):
             return False
-    return mask.dtype is torch.bool
+    return mask.dtype is torch.bool and type(mask) in plain and mask.is_contiguous()
 
 
 def _check(
@@ -213,12 +220,9 @@ def _weight(share: Tensor | None, *terms: tuple[float, Tensor | None]) -> Tensor
     return total if share is None or total is None else total * share
 
 
-def _times(gradient: Tensor, weight: Tensor | None, keep: bool) -> Tensor:
-    """``keep``: the result may be ``gradient`` itself, where nothing would change."""
+def _times(gradient: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return torch.zeros_like(gradient, dtype=torch.float32)
-    if keep and weight.is_cpu and weight.item() == 1.0:
-        return gradient
     return gradient * weight
 
 
@@ -227,13 +231,12 @@ def _grads(
     stats: Tensor,  # (10,) the last one is 1 / count
     dlogprobs: Tensor | None,  # (B, T) as PPOKernel.scaled has it; 0 where masked
     dvalues: Tensor | None,
-    mask: Tensor,
+    mask: Tensor | None,  # with entropy or kl
     vf_coef: float,
     ent_coef: float,
     kl_coef: float,
     chosen: str,
     wanted: tuple[bool, bool, bool, bool],  # logprobs, values, entropy, kl
-    keep: tuple[bool, bool] = (False, False),  # whether the first two may be the tensors given
 ) -> tuple[Tensor | None, ...]:
     """Everything is linear in the upstream scalars, so that backward only scales."""
     g_loss, g_policy, g_value, g_entropy, g_kl = upstream
@@ -242,14 +245,14 @@ def _grads(
     left, unit = (None, vf_coef or 1.0) if scaled else (share, 1.0)
     out: list[Tensor | None] = [None, None, None, None]
     if wanted[0] and dlogprobs is not None:
-        out[0] = _times(dlogprobs, _weight(left, (1.0, g_loss), (1.0, g_policy)), keep[0])
+        out[0] = _times(dlogprobs, _weight(left, (1.0, g_loss), (1.0, g_policy)))
     if wanted[1] and dvalues is not None:
-        weight = _weight(left, (vf_coef / unit, g_loss), (1.0 / unit, g_value))
-        out[1] = _times(dvalues, weight, keep[1])
-    if wanted[2]:
-        out[2] = _times(mask, _weight(share, (-ent_coef, g_loss), (1.0, g_entropy)), False)
-    if wanted[3]:
-        out[3] = _times(mask, _weight(share, (kl_coef, g_loss), (1.0, g_kl)), False)
+        out[1] = _times(dvalues, _weight(left, (vf_coef / unit, g_loss), (1.0 / unit, g_value)))
+    if mask is not None:
+        if wanted[2]:
+            out[2] = _times(mask, _weight(share, (-ent_coef, g_loss), (1.0, g_entropy)))
+        if wanted[3]:
+            out[3] = _times(mask, _weight(share, (kl_coef, g_loss), (1.0, g_kl)))
     return tuple(out)
 
 
@@ -257,29 +260,52 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, made, *given):
         stats, dlogprobs, dvalues, means, inputs, chosen = made
-        ctx.save_for_backward(dlogprobs, dvalues, inputs.mask)
-        ctx.stats = stats  # not saved: of what its views show a caller may change anything
-        ctx.settings = (*inputs[11:14], chosen)  # vf_coef, ent_coef, kl_coef
-        ctx.given = given
-        # What is saved may be handed out as the gradient where the graph goes on: a leaf would keep
-        # it as its .grad and add to it.
-        ctx.keep = tuple(t is not None and not t.is_leaf for t in given[:2])
+        scaled = registry.kernel(_OP, chosen).scaled  # type: ignore[attr-defined]
+        num_losses, mask = (3, None) if given[2] is None and given[3] is None else (5, inputs.mask)
+        # Whether the gradients made are those of the loss, to be handed out as they are.
+        whole = scaled and mask is None and inputs.vf_coef != 0.0
+        ctx.save_for_backward(dlogprobs, dvalues, mask)
+        # stats are not saved: of what its views show a caller may change anything
+        ctx.rest = (whole, given, stats, (*inputs[11:14], chosen))  # vf_coef, ent_coef, kl_coef
         # Upstream gradients that are not there stay None: no launches to make and add zeros.
         ctx.set_materialize_grads(False)
-        # Not views of one tensor in autograd's eyes, which would refuse ``loss += more``.
-        return tuple([t.data for t in means[:5]])
+        # Not views of one tensor in autograd's eyes, which would refuse ``loss += more``. The mean
+        # of what was not given is a constant.
+        return tuple([t.data for t in means[:num_losses]])
 
     @staticmethod
-    def backward(ctx, *upstream):
-        again = torch.is_grad_enabled()
-        keep = (False, False) if torch.compiler.is_compiling() else ctx.keep
-        ctx.keep = (False, False)  # what is handed out once is the caller's to change
+    def backward(ctx, g_loss, g_policy, g_value, g_entropy=None, g_kl=None):
+        whole, given, stats, settings = ctx.rest
+        dlogprobs, dvalues, mask = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        d = _grads(upstream, ctx.stats, *ctx.saved_tensors, *ctx.settings, wanted, keep)
-        if again and not torch.compiler.is_compiling():
-            d = once(_OP, d, (*ctx.given, *upstream))
+        again, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if (
+            whole
+            and g_policy is None
+            and g_value is None
+            and g_loss is not None
+            and not (again or compiling)
+            and not _keeps_graph()  # so that nobody asks for what is saved a second time
+            and g_loss.is_cpu
+            and not recording.batched(g_loss)
+            and g_loss.item() == 1.0
+        ):
+            return (
+                None,
+                dlogprobs if wanted[0] else None,
+                dvalues if wanted[1] else None,
+                None,
+                None,
+            )
+        upstream = (g_loss, g_policy, g_value, g_entropy, g_kl)
+        d = _grads(upstream, stats, dlogprobs, dvalues, mask, *settings, wanted)
+        if again and not compiling:
+            d = once(_OP, d, (*given, *upstream))
         return (None, *d)
 
+
+# Whether the pass that runs leaves the graph for another one.
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 # What Function.apply calls in the end, without the 5 us of asking about torch.func's transforms,
 # which the choice of the backend has asked about.
