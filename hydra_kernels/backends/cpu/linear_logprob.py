@@ -54,6 +54,13 @@ def saves_unasked(hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None) -> 
     return saved * SAVED_SHARE <= _budget_mb() * 2**20
 
 
+def sizes_of(n: int, V: int) -> tuple[int, int, int]:
+    """Rows that ``n`` are padded to, and rows and columns of a buffer of logits; with every tile
+    that BLAS may be found to round alike."""
+    tiles = [size for _, size in _tiles(n, (ROWS, *SMALLER))]
+    return sum(tiles), max(tiles), max(_blocks(V, _columns(_budget_mb()))[1])
+
+
 def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
     hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs

@@ -126,6 +126,18 @@ def bwd(
     )
 
 
+def _columns() -> int:
+    # Two blocks of logits and their gradient.
+    budget_mb = float(os.environ.get("HYDRA_LOGPROB_BUDGET_MB") or DEFAULT_BUDGET_MB)
+    affordable = int(budget_mb * 2**20 / (3 * 4 * ROWS)) // 64 * 64
+    return max(64, min(COLUMNS, affordable))
+
+
+def block_columns(V: int) -> int:
+    """Columns of a buffer of logits."""
+    return min(_columns(), -(-V // 64) * 64)
+
+
 class _Walk:
     """Tiles of rows and blocks of the vocabulary, and what the kernels are told about each pair."""
 
@@ -133,11 +145,8 @@ class _Walk:
         self.inputs = inputs
         self.M, _, V = inputs.sizes
         self.bias = None if inputs.bias is None else inputs.bias.float().contiguous()
-        # Two blocks of logits and their gradient.
-        budget_mb = float(os.environ.get("HYDRA_LOGPROB_BUDGET_MB") or DEFAULT_BUDGET_MB)
-        affordable = int(budget_mb * 2**20 / (3 * 4 * ROWS)) // 64 * 64
-        columns = max(64, min(COLUMNS, affordable))
-        self.stride = min(columns, -(-V // 64) * 64)
+        columns = _columns()
+        self.stride = block_columns(V)
         self.blocks = [(first, min(columns, V - first)) for first in range(0, V, columns)]
         self.tiles = range(0, self.M, ROWS)
         device = inputs.hidden.device
