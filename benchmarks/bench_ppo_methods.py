@@ -166,10 +166,11 @@ def disagreement(rows: list[Row]) -> str:
 def rows_of(shape: Shape, source: HydraModel, dtype: torch.dtype) -> list[Row]:
     half = shape.sizes["layers"] // 2
     config = model_config(shape, dtype)
+    where: dict[str, Any] = {"prompt_length": shape.sizes["P"], "device": source.device.type}
 
     def planned(method: str, batch: int) -> memory.MethodPlan:
         sized = settings(method, shape, per_device_train_batch_size=batch)
-        return memory.plan(config, sized, prompt_length=shape.sizes["P"])
+        return memory.plan(config, sized, **where)
 
     wanted = [(method, settings(method, shape)) for method in METHODS]
     for method in ("lora-ppo", "hydra-ppo", "j-hydra-ppo"):
@@ -181,7 +182,7 @@ def rows_of(shape: Shape, source: HydraModel, dtype: torch.dtype) -> list[Row]:
         if method == "lora-ppo":
             continue  # it is the one whose memory the others have
         batch = memory.largest_batch(
-            config, settings(method, shape), budget, method=method, prompt_length=shape.sizes["P"]
+            config, settings(method, shape), budget, method=method, **where
         )
         if batch == 0:
             continue  # its weights alone are more
@@ -262,7 +263,9 @@ def record(
 ) -> Record:
     batch = row.config.local_batch_size
     sized = Shape({**shape.sizes, "B": batch}, shape.why)
-    plan = memory.plan(model_config(shape, dtype), row.config, prompt_length=shape.sizes["P"])
+    plan = memory.plan(
+        model_config(shape, dtype), row.config, prompt_length=shape.sizes["P"], device=device
+    )
     static = plan.static
     mib = 2.0**20
     figures = {

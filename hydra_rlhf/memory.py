@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,21 @@ from typing import Any
 import torch
 import transformers
 
+from hydra_kernels.ops.logprob_memory import linear_logprob_memory
 from hydra_rlhf import experience, update
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.decode_state import kv_bytes
 from hydra_rlhf.errors import UserError, first_line
+from hydra_rlhf.ledger import Ledger, NotAlike
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.model import ROLES
 from hydra_rlhf.rollout import Rollout
-from hydra_rlhf.shapes import LOGIT_COLUMNS, LOGIT_ROWS, META, Ledger, models_on_meta
+from hydra_rlhf.shapes import META, models_on_meta
 
 PHASES = ("rollout", "score", "update")
+DEVICES = ("cuda", "cpu")
+CARD = 80e9
+BUCKET = 256  # of the engine on a GPU
 
 
 @dataclass(frozen=True)
@@ -74,119 +80,265 @@ class MethodPlan:
         return max(self.rollout, self.score, self.update)
 
 
+class Planner:
+    """Plans of one model, whatever the method and the batch. Nothing is walked through twice.
+
+    Args:
+        model_config: transformers' configuration of the decoder.
+        config: Batch sizes, lengths, rank, dtype, checkpointing and reuse, as for a run.
+        prompt_length: Width of the padded prompts.
+        device: "cuda" or "cpu": their kernels, and what is kept when, differ.
+        card: Bytes of the device, of which sampling may keep a share between rollouts.
+    """
+
+    def __init__(
+        self,
+        model_config: transformers.PretrainedConfig,
+        config: PPOConfig,
+        *,
+        prompt_length: int = 512,
+        device: str = "cuda",
+        card: float = CARD,
+    ):
+        if device not in DEVICES:
+            raise UserError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
+        self.model_config, self.config = model_config, config
+        self.prompt_length, self.device, self.card = prompt_length, device, card
+        self._ledger = Ledger()
+        self._twins = True
+        self._models: dict[str, MethodModels] = {}
+        self._plans: dict[tuple, MethodPlan] = {}
+
+    def plan(self, method: str | None = None, **changes: Any) -> MethodPlan:
+        """The memory of one method.
+
+        Args:
+            method: In place of the configuration's.
+            changes: To the configuration's batch sizes.
+
+        Raises:
+            UserError: the configuration cannot work, or the model has no known blocks.
+        """
+        config = replace(self.config, method=method or self.config.method, **changes)
+        config.validate()
+        key = (
+            config.method,
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.num_mini_batches,
+            min(config.local_rollout_forward_batch_size, config.local_batch_size),
+        )
+        if key not in self._plans:
+            try:
+                self._plans[key] = self._plan(config)
+            except (ValueError, NotImplementedError, RuntimeError) as e:
+                # RuntimeError: torch 2.13 has shapes for the grouped products of experts in
+                # bfloat16 alone.
+                dtype = config.dtype or self.model_config.dtype or "float32"
+                kind = f"{self.model_config.model_type} in {dtype}"
+                raise UserError(f"cannot plan for {kind}: {first_line(e)}") from e
+        return self._plans[key]
+
+    def largest_batch(self, budget: int, method: str | None = None) -> int:
+        """Most sequences a microbatch and a rollout can have within ``budget`` bytes; 0 for none.
+
+        It fits, and one more does not. Most of what is held grows by a constant a sequence, so a
+        line through two plans says where to look.
+        """
+
+        def at(batch: int) -> MethodPlan:
+            return self.plan(
+                method,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=1,
+                num_mini_batches=1,
+                local_rollout_forward_batch_size=batch,
+            )
+
+        first = at(8)
+        if first.static + first.optimizer >= budget:
+            return 0  # held by any batch
+        if first.peak > budget:
+            # Without a line: blocks of logits still grow at these sizes.
+            return bisect.bisect_right(range(1, 8), budget, key=lambda batch: at(batch).peak)
+        low, high, other = first, None, at(16)
+        for attempt in itertools.count():
+            if other.peak <= budget:
+                low = other
+            elif high is None or other.batch_size < high.batch_size:
+                high = other
+            if high is not None and high.batch_size == low.batch_size + 1:
+                break
+            guess = _on_line(first, other, budget)
+            if high is not None and attempt > 4:
+                guess = (low.batch_size + high.batch_size) // 2  # it is no line
+            most = 10**9 if high is None else high.batch_size - 1
+            other = at(min(max(guess, low.batch_size + 1), most))
+        return low.batch_size
+
+    def _plan(self, config: PPOConfig) -> MethodPlan:
+        try:
+            return self._walked(config)
+        except NotAlike:
+            self._twins = False
+            self._models.clear()
+            return self._walked(config)
+
+    def _models_of(self, config: PPOConfig) -> MethodModels:
+        models = self._models.get(config.method)
+        if models is None:
+            models = models_on_meta(
+                self.model_config, config, self._ledger, device=self.device, twins=self._twins
+            )
+            for parameter in [*models.actor_parameters(), *models.critic_parameters()]:
+                parameter.requires_grad_(True)
+            self._models[config.method] = models
+        return models
+
+    def _walked(self, config: PPOConfig) -> MethodPlan:
+        models = self._models_of(config)
+        held = _bytes(p for model in models for p in [*model.parameters(), *model.buffers()])
+        heads = _bytes(
+            p for m in models for h in (m.reward_head, m.value_head) for p in h.parameters()
+        )
+        adapters = _bytes(p for m in models for n, p in m.base.named_parameters() if "lora_" in n)
+        gradients = _bytes([*models.actor_parameters(), *models.critic_parameters()])
+        optimizer = 2 * gradients
+        static = held + optimizer
+        score, prefix, device_prefix = self._score(config, models)
+        update = self._update(config, models)
+        rollout, kv_cache, logits = self._rollout(config, models)
+        # Graphs on a GPU keep their buffers from one rollout to the next, where those are small.
+        recorded = self.device == "cuda" and config.rollout_engine == "hydra"
+        kept = kv_cache if recorded and kv_cache <= self.card // 20 else 0
+        return MethodPlan(
+            method=config.method,
+            batch_size=config.local_batch_size,
+            weights=held - heads - adapters,
+            heads=heads,
+            adapters=adapters,
+            gradients=gradients,
+            optimizer=optimizer,
+            prefix=prefix,
+            kv_cache=kv_cache,
+            logits=logits,
+            activations=max(update - gradients, 0),
+            rollout=static + rollout,
+            score=static + kept + device_prefix + score,
+            update=static + kept + device_prefix + update,
+        )
+
+    def _rollout(self, config: PPOConfig, models: MethodModels) -> tuple[int, int, int]:
+        """The peak of sampling, keys and values at full length, and the largest logits of a run."""
+        B, P, T = config.local_batch_size, self.prompt_length, config.response_length
+        slots = P + T
+        if self.device == "cuda" and config.rollout_engine == "hydra":
+            P = -(-P // BUCKET) * BUCKET  # so that batches of all widths share graphs
+            slots = -(-(P + T) // 8) * 8
+        ledger = self._ledger
+        prompts = _rollout(B, P - 1, 1)
+        ledger.restart()
+        with torch.no_grad(), ledger:
+            models.actor.hidden(prompts.query_responses, prompts.attention_mask, role="actor")
+        prefill = ledger.peak
+        text = self.model_config.get_text_config()
+        dtype = models.actor.trunk.dtype
+        kv_row = kv_bytes(text, dtype.itemsize)
+        kv_cache = B * slots * kv_row
+        # float32 logits of a step: as read, divided by the temperature, and as probabilities.
+        step_logits = 3 * B * text.vocab_size * 4
+        if config.rollout_engine == "hydra":
+            # Buffers of their full length from the first layer of the prompts' pass on.
+            peak = kv_cache + max(prefill, step_logits)
+        else:
+            # A cache that grows by concatenation holds one layer's old and new tensors at once.
+            growing = kv_cache // (2 * text.num_hidden_layers)
+            peak = max(kv_cache + growing + step_logits, prefill + B * P * kv_row)
+        rows = min(B, config.local_rollout_forward_batch_size) * T
+        width = models.actor.lm_head.weight.shape[1]
+        block = linear_logprob_memory(
+            rows, width, text.vocab_size, dtype, device=self.device, reference=True
+        )
+        return peak, kv_cache, max(step_logits, sum(block[:2]))
+
+    def _score(self, config: PPOConfig, models: MethodModels) -> tuple[int, int, int]:
+        """The peak of scoring, shared activations of a rollout, and those of them on the device."""
+        B, T = config.local_batch_size, config.response_length
+        size = config.local_rollout_forward_batch_size
+        chunk = min(B, size)
+        rollout = _rollout(chunk, self.prompt_length, T)
+        ledger = self._ledger
+        ledger.restart()
+        with torch.no_grad(), ledger:
+            prefixes = experience.shared_prefixes(config, models, rollout)
+        held = sum(p.nbytes for p in prefixes.values())
+        computing = ledger.peak - held
+        ledger.restart()
+        with torch.no_grad(), ledger:
+            keep = experience.kept_roles(config, models)
+            experience.score_keeping(size, config, models, rollout, prefixes, ROLES, keep)
+        prefix = held * B // chunk
+        too_large = prefix > config.prefix_budget_gb * 1e9
+        on_host = config.prefix_device == "cpu" or (config.prefix_device == "auto" and too_large)
+        on_device = 0 if on_host and self.device != "cpu" else prefix
+        return max(ledger.peak, computing), prefix, on_device
+
+    def _update(self, config: PPOConfig, models: MethodModels) -> int:
+        """The peak of one optimizer step's gradients and activations.
+
+        Two microbatches are enough where there are more: the second runs beside full gradients.
+        """
+        micro = config.per_device_train_batch_size
+        rows = min(2 * micro, config.local_mini_batch_size)
+        rollout = _rollout(rows, self.prompt_length, config.response_length)
+        with torch.no_grad():
+            prefixes = experience.shared_prefixes(config, models, rollout)
+        with META:
+            per_token = torch.empty(rows, config.response_length)
+        scored = experience.Experience(
+            rollout, per_token, per_token, per_token, per_token, prefixes
+        )
+        trained = [*models.actor_parameters(), *models.critic_parameters()]
+        accelerator: Any = _NoAccelerator()
+        ledger = self._ledger
+        ledger.restart()
+        with ledger:
+            if self.device == "cpu" and models.actor.adapters:
+                # As update.room_for_gradients does.
+                for parameter in trained:
+                    if parameter.dtype == torch.float32:
+                        parameter.grad = torch.empty_like(parameter)
+            for part in torch.arange(rows).split(micro):
+                for loss, _ in update.ppo_losses(
+                    config, models, scored, part, part.to(META), accelerator, critic_only=False
+                ):
+                    loss.backward()
+        for parameter in trained:
+            parameter.grad = None
+        return ledger.peak
+
+
 def plan(
     model_config: transformers.PretrainedConfig,
     config: PPOConfig,
     *,
     method: str | None = None,
-    prompt_length: int = 512,
+    **settings: Any,
 ) -> MethodPlan:
-    """The memory of one method for a model.
-
-    Args:
-        model_config: transformers' configuration of the decoder.
-        config: Batch sizes, lengths, rank, dtype, checkpointing and reuse, as for a run.
-        method: In place of ``config.method``.
-        prompt_length: Width of the padded prompts.
-
-    Raises:
-        UserError: the configuration cannot work, or the model has no known blocks.
-    """
-    config = replace(config, method=method or config.method)
-    config.validate()
-    try:
-        models = models_on_meta(model_config, config)
-        return _plan(models, model_config, config, prompt_length)
-    except (ValueError, NotImplementedError, RuntimeError) as e:
-        # RuntimeError: torch 2.13 has shapes for the grouped products of experts in bfloat16 alone.
-        kind = f"{model_config.model_type} in {config.dtype or model_config.dtype or 'float32'}"
-        raise UserError(f"cannot plan for {kind}: {first_line(e)}") from e
-
-
-def _plan(
-    models: MethodModels,
-    model_config: transformers.PretrainedConfig,
-    config: PPOConfig,
-    prompt_length: int,
-) -> MethodPlan:
-    held = _bytes(p for model in models for p in [*model.parameters(), *model.buffers()])
-    heads = _bytes(p for m in models for h in (m.reward_head, m.value_head) for p in h.parameters())
-    adapters = _bytes(p for m in models for n, p in m.base.named_parameters() if "lora_" in n)
-    trained = [*models.actor_parameters(), *models.critic_parameters()]
-    gradients = _bytes(trained)
-    optimizer = 2 * gradients
-
-    B, T = config.local_batch_size, config.response_length
-    chunk = min(B, config.local_rollout_forward_batch_size)
-    ledger = Ledger()
-    rollout = _rollout(chunk, prompt_length, T)
-    with torch.no_grad(), ledger:
-        prefixes = experience.shared_prefixes(config, models, rollout)
-    prefix_chunk = sum(p.nbytes for p in prefixes.values())
-    ledger.restart(prefix_chunk)
-    with torch.no_grad(), ledger:
-        size = config.local_rollout_forward_batch_size
-        keep = experience.kept_roles(config, models)
-        experience.score_keeping(size, config, models, rollout, prefixes, ROLES, keep)
-    score_peak = ledger.peak - prefix_chunk
-    del prefixes
-    update_peak = _update_peak(config, models, prompt_length)
-    with torch.no_grad():
-        prompts = _rollout(B, prompt_length - 1, 1)
-        ledger.restart()
-        with ledger:
-            models.actor.hidden(prompts.query_responses, prompts.attention_mask, role="actor")
-        prefill = ledger.peak
-    prefix = 0
-    if config.share_prefix:
-        prefix = prefix_chunk * B // chunk
-    device_prefix = 0 if config.prefix_device == "cpu" else prefix
-    if config.prefix_device == "auto" and prefix > config.prefix_budget_gb * 1e9:
-        device_prefix = 0
-
-    text = model_config.get_text_config()
-    itemsize = models.actor.trunk.dtype.itemsize
-    kv_row = kv_bytes(text, itemsize)
-    kv_cache = B * (prompt_length + T) * kv_row
-    # float32 logits of a step are held as read, divided by the temperature, and as probabilities.
-    step_logits = 3 * B * text.vocab_size * 4
-    if config.rollout_engine == "hydra":
-        # Buffers of their full length from the first layer of the prompts' pass on.
-        rollout_peak = kv_cache + max(prefill, step_logits)
-    else:
-        # A cache that grows by concatenation holds one layer's old and new tensors at once.
-        growing = kv_cache // (2 * text.num_hidden_layers)
-        rollout_peak = max(kv_cache + growing + step_logits, prefill + B * prompt_length * kv_row)
-    rows = min(LOGIT_ROWS, chunk * T)
-    block = 2 * rows * min(LOGIT_COLUMNS, text.vocab_size) * 4
-    static = held + optimizer
-    return MethodPlan(
-        method=config.method,
-        batch_size=B,
-        weights=held - heads - adapters,
-        heads=heads,
-        adapters=adapters,
-        gradients=gradients,
-        optimizer=optimizer,
-        prefix=prefix,
-        kv_cache=kv_cache,
-        logits=max(step_logits, block),
-        activations=max(update_peak - gradients, 0),
-        rollout=static + rollout_peak,
-        score=static + device_prefix + score_peak,
-        update=static + device_prefix + update_peak,
-    )
+    """The memory of one method for a model; see :class:`Planner`, which ``settings`` go to."""
+    return Planner(model_config, config, **settings).plan(method)
 
 
 def plan_methods(
     model_config: transformers.PretrainedConfig,
     config: PPOConfig,
     *,
-    prompt_length: int = 512,
     methods: tuple[str, ...] = METHODS,
+    **settings: Any,
 ) -> list[MethodPlan]:
     """:func:`plan` of each method, for one configuration otherwise."""
-    return [plan(model_config, config, method=m, prompt_length=prompt_length) for m in methods]
+    planner = Planner(model_config, config, **settings)
+    return [planner.plan(method) for method in methods]
 
 
 def largest_batch(
@@ -195,37 +347,20 @@ def largest_batch(
     budget: int,
     *,
     method: str | None = None,
-    prompt_length: int = 512,
+    **settings: Any,
 ) -> int:
-    """Most sequences a microbatch and a rollout can have within ``budget`` bytes; 0 for none.
+    """:meth:`Planner.largest_batch` of one method."""
+    return Planner(model_config, config, **settings).largest_batch(budget, method)
 
-    Every phase grows with the batch by a constant a sequence, so two plans give the line.
-    """
 
-    def at(batch: int) -> MethodPlan:
-        sized = replace(
-            config,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=1,
-            num_mini_batches=1,
-            local_rollout_forward_batch_size=batch,
-        )
-        return plan(model_config, sized, method=method, prompt_length=prompt_length)
-
-    # Above the sizes at which a kernel's block of logits is still growing.
-    low = at(8)
-    if low.static + low.optimizer >= budget:
-        return 0  # held by any batch
-    if low.peak > budget:
-        # One plan a question: a 7b takes seconds for each.
-        return bisect.bisect_right(range(1, 8), budget, key=lambda batch: at(batch).peak)
-    high = at(16)
-    best = 10**9
+def _on_line(a: MethodPlan, b: MethodPlan, budget: int) -> int:
+    """The batch size at which a phase reaches ``budget`` if each grows as from ``a`` to ``b``."""
+    reach = []
     for phase in PHASES:
-        a, b = getattr(low, phase), getattr(high, phase)
-        slope = max((b - a) / 8, 1.0)
-        best = min(best, 8 + int((budget - a) / slope))
-    return best
+        start, end = getattr(a, phase), getattr(b, phase)
+        slope = max((end - start) / (b.batch_size - a.batch_size), 1.0)
+        reach.append(a.batch_size + int((budget - start) / slope))
+    return min(reach)
 
 
 def _bytes(parameters: Any) -> int:
@@ -247,35 +382,6 @@ def _rollout(B: int, P: int, T: int) -> Rollout:
 class _NoAccelerator:
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
-
-
-def _update_peak(config: PPOConfig, models: MethodModels, prompt_length: int) -> int:
-    """Peak of one optimizer step's gradients and activations.
-
-    Two microbatches are enough where there are more: the second runs beside full gradients.
-    """
-    micro = config.per_device_train_batch_size
-    rows = min(2 * micro, config.local_mini_batch_size)
-    rollout = _rollout(rows, prompt_length, config.response_length)
-    ledger = Ledger()
-    with torch.no_grad():
-        prefixes = experience.shared_prefixes(config, models, rollout)
-    with META:
-        per_token = torch.empty(rows, config.response_length)
-    scored = experience.Experience(rollout, per_token, per_token, per_token, per_token, prefixes)
-    trained = [*models.actor_parameters(), *models.critic_parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    accelerator: Any = _NoAccelerator()
-    with ledger:
-        for part in torch.arange(rows).split(micro):
-            for loss, _ in update.ppo_losses(
-                config, models, scored, part, part.to(META), accelerator, critic_only=False
-            ):
-                loss.backward()
-    for parameter in trained:
-        parameter.grad = None
-    return ledger.peak
 
 
 # Pictures

@@ -1,16 +1,14 @@
-"""Models without storage, and a ledger of what running them would hold.
+"""Models without storage, to be run under a ledger.
 
-For ``memory.py``: tensors on torch's meta device have shapes and no storage. A ledger under the
-dispatcher adds every storage when it is made and takes it off when nothing holds it any more, so
-that what autograd keeps, and for how long, is what it keeps in the real run, for any family of
-models. Three things that a meta tensor cannot run stand in with the shapes and lifetimes of the
-kernels: the adapted linear layer, the output head and scaled dot-product attention.
+For ``memory.py``: tensors on torch's meta device have shapes and no storage, so that what autograd
+keeps, and for how long, is what it keeps in the real run, for any family of models. Three things
+that a meta tensor cannot run stand in with the shapes and lifetimes of the kernels: the adapted
+linear layer, the output head and scaled dot-product attention.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,69 +16,41 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from hydra_kernels.ops.linear_logprob import LinearLogprob
+from hydra_kernels.ops.logprob_memory import LogprobMemory, linear_logprob_memory
 from hydra_rlhf import trunk as trunks
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.ledger import Ledger, put_twins
 from hydra_rlhf.methods import MethodModels, lora_config_of
 from hydra_rlhf.model import HydraModel
 
 META = torch.device("meta")
-# Rows and columns of the block of logits that a kernel holds at a time (csrc and Triton tiles are
-# smaller; the CPU's are these).
-LOGIT_ROWS, LOGIT_COLUMNS = 1024, 2048
-
-
-# The ledger
-
-
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of storages made inside it that are still held, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.restart()
-
-    def restart(self, live: int = 0) -> None:
-        self.live = self.peak = live
-        self._known: Any = WeakIdKeyDictionary()
-        self._round = object()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # Views and in-place results share a storage that is there already.
-        before = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
-        out = func(*args, **kwargs)
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if id(storage) not in before and storage not in self._known:
-                self._add(storage)
-        return out
-
-    def _add(self, storage: Any) -> None:
-        size = storage.nbytes()
-        self._known[storage] = weakref.finalize(storage, self._free, size, self._round)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _free(self, size: int, round_: object) -> None:
-        if round_ is self._round:
-            self.live -= size
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 # Models without storage
 
 
-def models_on_meta(model_config: transformers.PretrainedConfig, config: PPOConfig) -> MethodModels:
+def models_on_meta(
+    model_config: transformers.PretrainedConfig,
+    config: PPOConfig,
+    ledger: Ledger,
+    *,
+    device: str = "cuda",
+    twins: bool = True,
+) -> MethodModels:
+    """The models of a method without storage.
+
+    Args:
+        model_config: Of the decoder.
+        config: Method, dtype, adapters and checkpointing.
+        ledger: Under which they will be run.
+        device: Whose kernels they stand for.
+        twins: Leave out blocks that the ledger can fill in.
+    """
     dtype = config.dtype or getattr(model_config, "dtype", None) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
@@ -88,10 +58,15 @@ def models_on_meta(model_config: transformers.PretrainedConfig, config: PPOConfi
     def make(*adapters: str, frozen: bool = False) -> _PlannedModel:
         with META:
             lm = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        model = _PlannedModel(lm.eval(), adapters, config)
+        model = _PlannedModel(lm.eval(), adapters, config, device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": config.use_reentrant})
-        return model.requires_grad_(False) if frozen else model
+        if frozen:
+            model.requires_grad_(False)
+        masked = lm.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+        if twins:
+            put_twins(trunks.blocks(model.trunk), ledger, masked=masked)
+        return model
 
     method = config.method
     if method in ("ppo", "lora-ppo"):
@@ -115,10 +90,10 @@ class _PlannedModel(HydraModel):
 
     active: list[tuple[str, ...]]  # a stack: the adapters that run now
 
-    def __init__(self, lm: Any, adapters: tuple[str, ...], config: PPOConfig):
+    def __init__(self, lm: Any, adapters: tuple[str, ...], config: PPOConfig, device: str):
         super().__init__(lm)
         self.adapters = tuple(adapters)
-        self.__dict__["lm_head"] = _PlannedHead(lm.get_output_embeddings())
+        self.__dict__["lm_head"] = _PlannedHead(lm.get_output_embeddings(), device)
         self.__dict__["active"] = []
         if adapters:
             lm.requires_grad_(False)
@@ -170,8 +145,9 @@ class _PlannedLinear(nn.Module):
         # PEFT keeps the adapters of a half-precision model in float32.
         dtype = torch.float32 if base.weight.dtype in (torch.float16, torch.bfloat16) else None
         settings: Any = {"bias": False, "device": META, "dtype": dtype or base.weight.dtype}
-        self.lora_A = nn.ModuleDict({n: nn.Linear(K, rank, **settings) for n in adapters})
-        self.lora_B = nn.ModuleDict({n: nn.Linear(rank, N, **settings) for n in adapters})
+        for name, shape in (("lora_A", (K, rank)), ("lora_B", (rank, N))):
+            factors = {n: skip_init(nn.Linear, *shape, **settings) for n in adapters}
+            setattr(self, name, nn.ModuleDict(factors))
         self.__dict__["active"] = active
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,8 +185,9 @@ class _LoraShapes(torch.autograd.Function):
 class _PlannedHead:
     """``LMHead`` whose log-probabilities are shapes."""
 
-    def __init__(self, head: Any):
+    def __init__(self, head: Any, device: str):
         self.weight, self.bias = head.weight, getattr(head, "bias", None)
+        self.device = device  # whose kernels stand behind it
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.new_empty(*hidden.shape[:-1], self.weight.shape[0])
@@ -218,7 +195,18 @@ class _PlannedHead:
     def logprob(self, hidden, targets, *, temperature=1.0, ref_hidden=None) -> LinearLogprob:
         D = hidden.shape[-1]
         reference = None if ref_hidden is None else ref_hidden.reshape(-1, D)
-        out = _LogprobShapes.apply(hidden.reshape(-1, D), self.weight, reference)
+        rows = hidden.reshape(-1, D)
+        held = linear_logprob_memory(
+            rows.shape[0],
+            D,
+            self.weight.shape[0],
+            rows.dtype,
+            device=self.device,
+            reference=reference is not None,
+            differentiated=torch.is_grad_enabled()
+            and (rows.requires_grad or self.weight.requires_grad),
+        )
+        out = _LogprobShapes.apply(rows, self.weight, reference, held)
         logprobs, entropy, logsumexp, ref, kl = (part.view(targets.shape) for part in out)
         if ref_hidden is None:
             return LinearLogprob(logprobs, entropy, logsumexp, None, None)
@@ -227,29 +215,26 @@ class _PlannedHead:
 
 class _LogprobShapes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, reference):
-        M, V = hidden.shape[0], weight.shape[0]
-        shape = (min(M, LOGIT_ROWS), min(V, LOGIT_COLUMNS))
-        blocks = [hidden.new_empty(shape, dtype=torch.float32)]
-        if reference is not None:
-            blocks.append(hidden.new_empty(shape, dtype=torch.float32))
-        # Five results and four sums that backward needs.
+    def forward(ctx, hidden, weight, reference, held: LogprobMemory):
+        M = hidden.shape[0]
+        kept = hidden.new_empty(held.kept, dtype=torch.uint8)
+        work = hidden.new_empty(held.forward, dtype=torch.uint8)
+        # Five results, and four sums and two of the results once more, for backward.
         out = hidden.new_empty(5, M, dtype=torch.float32).unbind(0)
-        sums = hidden.new_empty(4, M, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, reference, sums)
-        del blocks
+        sums = hidden.new_empty(6, M, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, reference, sums, kept)
+        ctx.held = held
+        del work
         return tuple(part.clone() for part in out)
 
     @staticmethod
     def backward(ctx, *grads):
-        hidden, weight, _, _ = ctx.saved_tensors
-        M, V = hidden.shape[0], weight.shape[0]
-        shape = (min(M, LOGIT_ROWS), min(V, LOGIT_COLUMNS))
-        block = hidden.new_empty(shape, dtype=torch.float32)
+        hidden, weight, *_ = ctx.saved_tensors
+        work = hidden.new_empty(ctx.held.backward, dtype=torch.uint8)
         dhidden = torch.empty_like(hidden)
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        del block
-        return dhidden, dweight, None
+        del work
+        return dhidden, dweight, None, None
 
 
 class _AttentionShapes(torch.autograd.Function):

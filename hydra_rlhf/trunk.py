@@ -150,6 +150,8 @@ def run(
         reentrant = recompute == "reentrant"
         first = start == 0
         for i in range(start, len(parts)):
+            if isinstance(parts[i], StandIn):
+                continue  # has nothing to recompute
             parts[i] = _Recompute(
                 parts[i], reentrant, context, needs_grad=first and i == 0, dropout=trunk.training
             )
@@ -214,10 +216,10 @@ class _Form:
     as_tuple: bool = False
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Takes a block's place in the list; what the trunk asks of the block, the block answers."""
 
-    def __init__(self, block: nn.Module, form: _Form | _StandIn | None = None):
+    def __init__(self, block: nn.Module, form: _Form | StandIn | None = None):
         super().__init__()
         # Past nn.Module's registration, so that the block is not a child in two places.
         self.__dict__["block"] = block
@@ -233,12 +235,12 @@ class _StandIn(nn.Module):
         return (hidden,) if self.form.as_tuple else hidden
 
 
-class _PassOn(_StandIn):
+class _PassOn(StandIn):
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         return self.answer(hidden_states)
 
 
-class _Recorder(_StandIn):
+class _Recorder(StandIn):
     """Keeps what enters it."""
 
     def __init__(self, block: nn.Module):
@@ -252,7 +254,7 @@ class _Recorder(_StandIn):
         return self.answer(hidden_states)
 
 
-class _ObserveForm(_StandIn):
+class _ObserveForm(StandIn):
     """Runs the block and tells the recorder the form of its answer."""
 
     def forward(self, *args, **kwargs):
@@ -261,7 +263,7 @@ class _ObserveForm(_StandIn):
         return out
 
 
-class _PutBack(_StandIn):
+class _PutBack(StandIn):
     def __init__(self, block: nn.Module, form: _Form, hidden: Tensor):
         super().__init__(block, form)
         self.hidden = hidden
@@ -270,7 +272,7 @@ class _PutBack(_StandIn):
         return self.answer(self.hidden)
 
 
-class _Recompute(_StandIn):
+class _Recompute(StandIn):
     """Runs the block under torch's activation checkpoint."""
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ class PlanInput:
     model: str = required("folder or hub name; only its config.json is read")
     prompt_length: int = setting(512, "tokens a prompt is padded to")
     card_gb: float = setting(80.0, "memory of the card, in GB (1e9 bytes)")
+    device: str = setting("cuda", "whose kernels and buffers are counted", choices=memory.DEVICES)
     reserve_gb: float = setting(1.0, "kept free on it for the driver and the allocator")
     chart: str | None = setting(None, "file for a bar chart, PNG")
     batch_search: bool = setting(True, "also find the largest batch that fits, for each method")
@@ -48,18 +48,17 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
     with hub.loading("a configuration", given.model):
         model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
-    if sys.stderr.isatty():  # a 7b takes its time: every block of every method is walked through
-        faster = "; --no-batch-search is faster" if given.batch_search else ""
-        print(f"planning {len(METHODS)} methods{faster}", file=sys.stderr)
-    plans = memory.plan_methods(model_config, config, prompt_length=given.prompt_length)
+    planner = memory.Planner(
+        model_config,
+        config,
+        prompt_length=given.prompt_length,
+        device=given.device,
+        card=given.card_gb * GB,
+    )
+    plans = [planner.plan(method) for method in METHODS]
     largest = None
     if given.batch_search:
-        largest = [
-            memory.largest_batch(
-                model_config, config, budget, method=method, prompt_length=given.prompt_length
-            )
-            for method in METHODS
-        ]
+        largest = [planner.largest_batch(budget, method) for method in METHODS]
     Console().print(table(plans, budget, largest))
     if given.chart is not None:
         memory.draw(plans, given.chart, budget=budget)

@@ -9,8 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import hydra_kernels
 from hydra_rlhf import cli, memory, ppo
+from hydra_rlhf import ledger as ledgers
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.ledger import Ledger
 from hydra_rlhf.methods import method_from_model
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.phases import Phases, reset_peak_resident, resident
@@ -66,7 +68,7 @@ def allocations(call):
 def test_plan_is_what_is_allocated(family, method, changes):
     """Static bytes to 1%, the peak of a run to 10%."""
     model_config, config = wide(family), settings(method, **changes)
-    planned = memory.plan(model_config, config, prompt_length=PROMPT)
+    planned = memory.plan(model_config, config, prompt_length=PROMPT, device="cpu")
     lm = transformers.AutoModelForCausalLM.from_config(model_config).eval()
     head = lm.get_output_embeddings().weight
     width = head.shape[1]
@@ -110,7 +112,7 @@ def test_experts_are_planned_in_the_dtypes_that_torch_has_shapes_for():
 
 
 def test_what_torch_has_no_shapes_for_is_one_line(monkeypatch):
-    def refuse(model_config, config):
+    def refuse(*args, **kwargs):
         raise RuntimeError("no shapes\nand a page more")
 
     monkeypatch.setattr(memory, "models_on_meta", refuse)
@@ -129,7 +131,8 @@ def test_parts_by_hand():
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    p = memory.plan(config, settings("hydra-ppo", lora_r=4), prompt_length=PROMPT)
+    where = {"prompt_length": PROMPT, "device": "cpu"}
+    p = memory.plan(config, settings("hydra-ppo", lora_r=4), **where)
     attention = 32 * 32 * 2 + 32 * 16 * 2
     mlp = 3 * 32 * 64
     block = attention + mlp + 2 * 32
@@ -142,19 +145,27 @@ def test_parts_by_hand():
     assert p.optimizer == 2 * p.gradients
     assert p.kv_cache == 4 * BATCH * (PROMPT + RESPONSE) * 2 * 2 * 2 * 8
     assert p.prefix == 0
-    some = memory.plan(config, settings("hydra-ppo", lora_last_k=1), prompt_length=PROMPT)
+    # A GPU's graphs are made for prompts of 256, and keep what is small beside the card.
+    small, large = (
+        memory.plan(config, settings("hydra-ppo", lora_r=4), prompt_length=PROMPT, card=card)
+        for card in (20 * 557_055, 20 * 557_056)
+    )
+    assert small.kv_cache == 4 * BATCH * (256 + RESPONSE) * 2 * 2 * 2 * 8 == 557_056
+    assert (large.score - small.score, large.update - small.update) == (557_056, 557_056)
+    assert large.rollout == small.rollout
+    some = memory.plan(config, settings("hydra-ppo", lora_last_k=1), **where)
     assert some.prefix == 4 * BATCH * (PROMPT + RESPONSE) * 32
 
 
 def test_reuse_and_checkpointing_save_what_they_say():
-    config = wide("llama")
-    plain = memory.plan(config, settings("hydra-ppo"), prompt_length=64)
+    config, where = wide("llama"), {"prompt_length": 64, "device": "cpu"}
+    plain = memory.plan(config, settings("hydra-ppo"), **where)
     changes = {"gradient_checkpointing": True}
-    checkpointed = memory.plan(config, settings("hydra-ppo", **changes), prompt_length=64)
+    checkpointed = memory.plan(config, settings("hydra-ppo", **changes), **where)
     assert checkpointed.activations < 0.6 * plain.activations
-    upper = memory.plan(config, settings("hydra-ppo", lora_last_k=2), prompt_length=64)
+    upper = memory.plan(config, settings("hydra-ppo", lora_last_k=2), **where)
     assert upper.activations < 0.6 * plain.activations
-    bf16 = memory.plan(config, settings("hydra-ppo", dtype="bfloat16"), prompt_length=64)
+    bf16 = memory.plan(config, settings("hydra-ppo", dtype="bfloat16"), **where)
     assert bf16.weights == pytest.approx(plain.weights / 2, rel=0.01)
 
 
@@ -173,23 +184,107 @@ def test_largest_batch_fits_and_one_more_does_not():
 
     best = memory.largest_batch(model_config, config, budget, prompt_length=PROMPT)
     assert best > BATCH
-    # The line is exact up to a kernel's tile.
-    assert peak(best) <= budget * 1.01 < peak(best + 2) * 1.02
+    assert peak(best) <= budget < peak(best + 1)
     few = memory.largest_batch(model_config, config, peak(3) + 1, prompt_length=PROMPT)
     assert few == 3
 
 
 def test_what_no_batch_can_help_takes_one_plan(monkeypatch):
     taken = []
-    plan = memory.plan
-    monkeypatch.setattr(memory, "plan", lambda *a, **k: taken.append(1) or plan(*a, **k))
+    walked = memory.Planner._walked
+    monkeypatch.setattr(
+        memory.Planner, "_walked", lambda *a, **k: taken.append(1) or walked(*a, **k)
+    )
     model_config = wide("llama")
     assert memory.largest_batch(model_config, settings("hydra-ppo"), 1, prompt_length=PROMPT) == 0
     assert len(taken) == 1
 
 
+def deep(family, layers=7, **changes):
+    """More blocks than have to be run to know them all."""
+    given = CONFIGS[family]().to_dict()
+    given.pop("layer_types", None)
+    given["n_layer" if "n_layer" in given else "num_hidden_layers"] = layers
+    return type(CONFIGS[family]())(**{**given, **changes})
+
+
+def experts(layers, **changes):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    parts = dict(num_key_value_heads=2, num_experts=4, moe_intermediate_size=16)
+    shared = dict(vocab_size=97, shared_expert_intermediate_size=16, dtype="bfloat16")
+    given = {**sizes, **parts, **shared, **changes}
+    return transformers.Qwen2MoeConfig(num_hidden_layers=layers, **given)
+
+
+RECOMPUTED = {"gradient_checkpointing": True}
+REENTRANT = {**RECOMPUTED, "use_reentrant": True}
+
+
+@pytest.mark.parametrize(
+    ("model_config", "method", "changes", "run"),
+    [
+        # Run: the first, one after it, one after one like itself, the last.
+        (deep("llama"), "hydra-ppo", {}, [0, 1, 2, 6]),
+        (deep("gpt2"), "ppo", RECOMPUTED, [0, 1, 2, 6]),
+        (deep("llama"), "j-hydra-ppo", REENTRANT, [0, 1, 2, 6]),
+        # Windows that alternate are masks, of one size.
+        (deep("gemma2"), "d-lora-ppo", {}, [0, 1, 2, 6]),
+        # One adapter in the middle: no gradient below it, and above it blocks without adapters.
+        (
+            deep("llama", 10),
+            "hydra-ppo",
+            {"lora_layers_to_transform": [4], "share_prefix": False},
+            [0, 1, 2, 4, 5, 6, 9],
+        ),
+        (deep("llama", 9), "lora-ppo", {"lora_last_k": 5}, [0, 1, 2, 4, 5, 6, 8]),
+        # Two dense blocks before the experts; a dense block before each block of experts.
+        (experts(9, mlp_only_layers=[0, 1]), "j-hydra-ppo", RECOMPUTED, [0, 1, 2, 3, 8]),
+        (experts(10, decoder_sparse_step=2), "hydra-ppo", {}, [0, 1, 2, 3, 8, 9]),
+    ],
+    ids=lambda v: getattr(v, "model_type", v if isinstance(v, str) else None),
+)
+def test_blocks_that_are_alike_are_run_once(monkeypatch, model_config, method, changes, run):
+    """And the plan is that of running them all, to the byte."""
+    config = settings(
+        method,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **changes,
+    )
+    found = set()
+    enter = Ledger.enter
+    monkeypatch.setattr(Ledger, "enter", lambda *a: found.add(a[1]) or enter(*a))
+    planned = memory.plan(model_config, config, prompt_length=5)
+    assert sorted(found) == run
+    all_of_them = memory.Planner(model_config, config, prompt_length=5)
+    all_of_them._twins = False
+    assert all_of_them.plan() == planned
+
+
+def test_blocks_that_only_look_alike_are_all_run(monkeypatch):
+    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
+    config = settings("hydra-ppo", per_device_train_batch_size=2)
+    expected = memory.plan(deep("llama"), config, prompt_length=5)
+    given = ledgers._shapes_of
+    calls = []
+
+    def other(args, kwargs):
+        calls.append(1)
+        return [*given(args, kwargs), len(calls)]
+
+    monkeypatch.setattr(ledgers, "_shapes_of", other)
+    found = set()
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaDecoderLayer,
+        "forward",
+        lambda self, *a, **k: found.add(self.self_attn.layer_idx) or forward(self, *a, **k),
+    )
+    assert memory.plan(deep("llama"), config, prompt_length=5) == expected
+    assert found == set(range(7))
+
+
 def test_ledger_counts_storages_once():
-    ledger = memory.Ledger()
+    ledger = Ledger()
     with ledger:
         a = torch.empty(1000)
         b = a.view(10, 100).t()

@@ -36,7 +36,7 @@ def test_planned_rollout_is_what_is_allocated(family, dtype, name):
         response_length=RESPONSE,
         per_device_train_batch_size=BATCH,
     )
-    planned = memory.plan(wide(family), config, prompt_length=PROMPT)
+    planned = memory.plan(wide(family), config, prompt_length=PROMPT, device="cpu")
     model = model_of(family, getattr(torch, dtype))
     engine = RolloutEngine(model, replay=False) if name == "hydra" else GenerateEngine()
     ids, mask = pad_left([[5] * (PROMPT - i % 5) for i in range(BATCH)], PAD)
