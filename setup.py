@@ -53,7 +53,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     known = run_text([nvcc, "--list-gpu-arch"]).split()
     if asked == "release":
         return [arch for arch in RELEASE_ARCHS if f"compute_{arch.rstrip('a')}" in known]
-    archs = re.split(r"[;,\s]+", asked) if asked else visible_archs() or DEVELOPMENT_ARCHS
+    archs = re.split(r"[;,\s]+", asked) if asked else nearest_archs(visible_archs(), known)
     for arch in archs:
         if f"compute_{re.sub('[a-z]$', '', arch)}" not in known:
             raise SystemExit(f"HYDRA_CUDA_ARCHS: {nvcc} does not know {arch!r} (it knows {known})")
@@ -69,6 +69,27 @@ def visible_archs() -> list[str]:
     archs = {line.strip().replace(".", "") for line in answer.splitlines() if line.strip()}
     # "a" unlocks Hopper's own instructions (wgmma, setmaxnreg).
     return [arch + "a" if arch == "90" else arch for arch in sorted(archs) if arch.isdigit()]
+
+
+def nearest_archs(visible: list[str], known: list[str]) -> list[str]:
+    """What nvcc knows for these GPUs: for one newer than itself the newest before it.
+
+    That code, of the same generation, or else its PTX runs there. Of one older than all it knows
+    nothing does, and a GPU that cannot be built for is no reason not to install.
+    """
+    plain = sorted(
+        int(name) for name in (k.removeprefix("compute_") for k in known) if name.isdigit()
+    )
+    found: list[str] = []
+    for arch in visible:
+        number = int(arch.rstrip("a"))
+        if number in plain:
+            found.append(arch)
+        elif before := [each for each in plain if each < number]:
+            found.append(str(max(before)))
+        if not found or found[-1] != arch:
+            print(f"hydra_kernels: nvcc does not know sm_{arch}, a GPU of this machine", flush=True)
+    return list(dict.fromkeys(found)) or DEVELOPMENT_ARCHS
 
 
 def run_text(command: list[str]) -> str:

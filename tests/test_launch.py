@@ -10,6 +10,7 @@ import torch
 
 from hydra_kernels.backends import launch, lora_plan
 from hydra_kernels.backends.cuda import device as cuda_device
+from hydra_kernels.backends.cuda import lora_linear as decode
 
 
 class On:
@@ -17,6 +18,16 @@ class On:
 
     def __init__(self, index):
         self.device = torch.device("cuda", index)
+
+
+class OnGPU:
+    """A tensor of the meta device that says it is on a GPU."""
+
+    def __init__(self, tensor):
+        self._tensor, self.device = tensor, torch.device("cuda", 0)
+
+    def __getattr__(self, name):
+        return getattr(self._tensor, name)
 
 
 @pytest.fixture
@@ -104,6 +115,38 @@ def test_on_a_cpu_every_ticket_is_new():
 def test_gpus_that_a_build_covers(archs, runs, not_on):
     assert all(cuda_device.covers(archs, *capability) for capability in runs)
     assert not any(cuda_device.covers(archs, *capability) for capability in not_on)
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "arch"),
+    [
+        ("75", (7, 5), 75),
+        ("75", (9, 0), 75),  # its PTX, without what came later
+        ("75,80", (8, 6), 80),
+        ("75,90a", (8, 0), 75),
+        ("80,90a", (9, 0), 90),
+        ("80,90a", (12, 0), 80),
+        ("80", (7, 5), 0),
+    ],
+)
+def test_code_for_older_gpus_has_no_matrix_products(archs, capability, arch, monkeypatch):
+    assert cuda_device.runs_as(archs, *capability) == arch
+    monkeypatch.setitem(cuda_device.extension.build_info, "cuda_archs", archs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    caches = cuda_device._architecture, cuda_device._too_different
+    for cache in caches:
+        cache.cache_clear()
+    tensors = [torch.empty(n, 64, dtype=torch.float16, device="meta") for n in (4, 32, 8)]
+    x, weight, a = (OnGPU(t) for t in tensors)
+    b = OnGPU(torch.empty(32, 8, dtype=torch.float16, device="meta"))
+    try:
+        with torch.no_grad():
+            reasons = decode.unsupported(x, None, None, weight, None, a, b)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert any("8.0 or newer" in reason for reason in reasons) == (arch == 75)
+    assert bool(reasons) == (arch < 80)
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 6), False)])

@@ -199,6 +199,22 @@ def test_archs_follow_the_machine_and_the_variable(setup_py, fake_bin, monkeypat
         setup_py.cuda_archs(nvcc)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "archs"),
+    [
+        ("12.1\\n", ["100"]),  # newer than nvcc: the PTX of its newest
+        ("10.3\\n9.0\\n", ["100", "90a"]),
+        ("6.1\\n", ["80", "90a"]),  # older than all it knows: as on a machine without a GPU
+        ("6.1\\n8.6\\n", ["86"]),
+    ],
+)
+def test_a_gpu_that_nvcc_does_not_know_stops_no_install(setup_py, fake_bin, gpus, archs, capsys):
+    nvcc = fake_bin("nvcc", KNOWN)
+    fake_bin("nvidia-smi", gpus)
+    assert setup_py.cuda_archs(nvcc) == archs
+    assert "nvcc does not know sm_" in capsys.readouterr().out
+
+
 def test_every_dependency_is_pinned_within_its_range():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     ranges = [Requirement(line) for line in project["build-system"]["requires"]]

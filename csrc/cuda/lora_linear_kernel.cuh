@@ -40,6 +40,13 @@ struct LoraDecodeParams {
   int num_rows, num_outputs, num_inputs, num_ranks, rows_per_id;
 };
 
+// A build for older GPUs has no such instruction, and refuses the kernel (backends/cuda/device.py).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define HYDRA_HAS_MMA 1
+#else
+#define HYDRA_HAS_MMA 0
+#endif
+
 template <typename T>
 struct LoraMma;
 
@@ -47,11 +54,15 @@ template <>
 struct LoraMma<__nv_bfloat16> {
   static __device__ __forceinline__ void run(
       float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+#if HYDRA_HAS_MMA
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
   }
   static __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
   static __device__ __forceinline__ __nv_bfloat16 narrow(float v) { return __float2bfloat16(v); }
@@ -61,11 +72,15 @@ template <>
 struct LoraMma<__half> {
   static __device__ __forceinline__ void run(
       float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+#if HYDRA_HAS_MMA
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
   }
   static __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
   static __device__ __forceinline__ __half narrow(float v) { return __float2half(v); }

@@ -41,10 +41,27 @@ def _too_different(device: torch.device) -> str:
 
 def covers(archs: str, major: int, minor: int) -> bool:
     """Whether machine code for ``archs``, "80,90a" say, or the PTX of its newest, runs there."""
+    return runs_as(archs, major, minor) > 0
+
+
+def runs_as(archs: str, major: int, minor: int) -> int:
+    """The architecture whose code of a build for ``archs`` runs there, 80 say; 0 for none."""
     plain = [int(arch) for arch in archs.split(",") if re.fullmatch(r"[0-9]+", arch)]
     capability = 10 * major + minor
-    return (
-        f"{capability}a" in archs.split(",")
-        or any(arch // 10 == major and arch <= capability for arch in plain)
-        or (bool(plain) and max(plain) <= capability)  # compiled by the driver
-    )
+    if f"{capability}a" in archs.split(","):
+        return capability
+    of_major = [arch for arch in plain if arch // 10 == major and arch <= capability]
+    newest = max(plain, default=0)  # whose PTX the driver compiles
+    return max(of_major, default=newest if newest <= capability else 0)
+
+
+@constant_to_compilers
+def architecture(device: torch.device) -> int:
+    """As what the build's code runs on a GPU: what it may use is that architecture's."""
+    return _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    archs = str(extension.build_info.get("cuda_archs", ""))
+    return runs_as(archs, *torch.cuda.get_device_capability(device))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels.backends import extension, launch, registry
-from hydra_kernels.backends.cuda.device import wrong_device
+from hydra_kernels.backends.cuda.device import architecture, wrong_device
 from hydra_kernels.backends.lora_plan import Plan, columns, concatenated
 
 _MAX_ROWS = 32
@@ -22,6 +22,8 @@ def unsupported(
     """``tensors`` are the weights and biases, and the adapters."""
     given = [t for t in tensors if t is not None]
     reasons = wrong_device(x, ids, *tensors)
+    if x.device.type == "cuda" and not reasons and architecture(x.device) < 80:
+        reasons.append("needs code for compute capability 8.0 or newer, for its matrix products")
     if x.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != x.dtype for t in given):
         reasons.append("needs one of float16 and bfloat16, in all tensors")
     if x.numel() > _MAX_ROWS * x.shape[-1]:
@@ -73,6 +75,7 @@ def fwd(
     owner, scale = columns(plan, tuple(t.shape[0] for t in a), torch.float32, x.device)
     s = x.new_empty((_MAX_ROWS, ranks), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
+    counters = _counters_of(x.device)
     if ids is not None:
         ids = ids.to(torch.int64).contiguous()
     extension.module.lora_linear_decode_cuda(
@@ -88,7 +91,7 @@ def fwd(
         owner.data_ptr(),
         scale.data_ptr(),
         s.data_ptr(),
-        _counters_of(x.device).data_ptr(),
+        counters.data_ptr(),
         y.data_ptr(),
         m,
         n,
