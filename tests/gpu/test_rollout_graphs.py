@@ -88,6 +88,7 @@ def test_no_step_waits_for_the_device(family, graph):
     state = engine._state
     state.finished.zero_()
     state.column.zero_()
+    state.cache.slot.zero_()  # else past the buffers, which a GPU's process does not survive
     with torch.no_grad(), model.no_dropout(), engine._adapters(0):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
