@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(self.folder)
-        self._forget_old()
+        self._forget_old(step)
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -114,6 +115,13 @@ class CheckpointStore:
         if found:
             raise UserError(f"cannot resume: all {len(found)} checkpoints in {self.folder} are bad")
         return None
+
+    def refuse_others(self) -> None:
+        """Raises UserError where there are checkpoints already, which a new run would mix with."""
+        if self._steps():
+            raise UserError(
+                f"{self.folder} holds checkpoints of a run: resume it, or choose another folder"
+            )
 
     def whole(self) -> list[Checkpoint]:
         """Every checkpoint that passes :func:`verify`, oldest first.
@@ -138,10 +146,12 @@ class CheckpointStore:
         named = ((_NAME.fullmatch(p.name), p) for p in self.folder.iterdir() if p.is_dir())
         return sorted((int(match[1]), path) for match, path in named if match)
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, saved: int) -> None:
         if self.save_total_limit is None:
             return
-        for _, path in self._steps()[: -self.save_total_limit]:
+        # One of a later step is what this run passed over when it went on from an earlier one.
+        oldest_first = sorted(self._steps(), key=lambda found: (found[0] <= saved, found[0]))
+        for _, path in oldest_first[: -self.save_total_limit]:
             # Renamed first, so that a half-removed folder is never taken for a checkpoint.
             doomed = path.with_name(f"{_WRITING}{path.name}-old")
             with contextlib.suppress(OSError):
@@ -321,21 +331,32 @@ class StopRequest:
         return self.signal is not None
 
 
+# Seconds in which a signal that comes again is taken for the same one. A scheduler signals every
+# process of a job, and the launcher among them sends its own on to the processes that it started.
+_SENT_ON = 3.0
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns SIGTERM and SIGINT into a request that the loop asks for; the second one stops at once.
 
-    Outside the main thread, where Python cannot handle signals, the request is never set.
+    The same one again within three seconds is not a second one. Outside the main thread, where
+    Python cannot handle signals, the request is never set.
     """
     request = StopRequest()
+    asked = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def handle(number: int, frame: object) -> None:
-        request.signal = signal.Signals(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        nonlocal asked
+        if request.signal is None:
+            request.signal, asked = signal.Signals(number), time.monotonic()
+        elif number != request.signal or time.monotonic() - asked > _SENT_ON:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
 
     before = {each: signal.signal(each, handle) for each in (signal.SIGTERM, signal.SIGINT)}
     try:

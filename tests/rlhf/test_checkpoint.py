@@ -65,6 +65,20 @@ def test_total_limit_keeps_the_newest(tmp_path):
         CheckpointStore(tmp_path, save_total_limit=0)
 
 
+def test_a_limit_never_costs_the_checkpoint_that_was_just_taken(tmp_path):
+    """Nor leaves only damaged ones of later steps, before which the run went on."""
+    store = CheckpointStore(tmp_path, save_total_limit=3)
+    for step in (4, 8, 10):
+        store.save(step, write())
+    for damaged in ("step-00000008", "step-00000010"):
+        truncate(tmp_path / damaged)
+    store = CheckpointStore(tmp_path, save_total_limit=2)
+    assert store.latest().step == 4
+    store.save(6, write())
+    assert names(store) == ["step-00000004", "step-00000006"]
+    assert store.latest().step == 6
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_a_save_that_fails_changes_nothing(store, failure):
     store.save(1, write("good"))
@@ -344,6 +358,19 @@ def test_signals_ask_once_then_act():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_sent_on_is_not_a_second_one(monkeypatch):
+    """A scheduler signals every process of a job, and the launcher sends its own on to them."""
+    with checkpoint.stop_on_signal() as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        assert request.signal is signal.SIGINT
+        monkeypatch.setattr(checkpoint, "_SENT_ON", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 @pytest.mark.parametrize("signals", [[], [signal.SIGTERM]])
