@@ -23,7 +23,7 @@ from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pairs import EncodedPair, encode_prompts
 from hydra_rlhf.records import Tracker
 from hydra_rlhf.rollout import Rollout, Sampling
-from hydra_rlhf.schedule import PromptBatches
+from hydra_rlhf.schedule import PromptBatches, sampling_seeds
 from hydra_rlhf.sft_config import TITLES, SFTConfig
 from hydra_rlhf.sft_resume import Course
 
@@ -93,7 +93,9 @@ def train(
                 sampling.pad_id,
                 accelerator.device,
             )
-            with trainer.processes.gathered(model):
+            with trainer.processes.gathered(model), torch.random.fork_rng(_cuda(model)):
+                # The same answers in every process, whose generators dropout has moved apart.
+                torch.manual_seed(sampling_seeds(config.seed, step, 1)[0])
                 rollout = rollouts.generate(model, ids, mask, sampling)
             scores = score(model, rollout).view(-1, num_samples)  # (prompts, K)
             best = scores.argmax(1)
@@ -115,6 +117,7 @@ def train(
             )
             if course.ends_after(step):
                 break
+    trainer.module.eval()
     return sft.result_of(course)
 
 
@@ -126,6 +129,10 @@ def score(model: HydraModel, rollout: Rollout) -> Tensor:
     )
     assert scored.scores is not None
     return scored.scores
+
+
+def _cuda(model: HydraModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:

@@ -121,3 +121,26 @@ def test_it_needs_an_adapter_a_reward_head_and_prompts():
     headless = add_lora(HydraModel(tiny_model().causal_lm), config)
     with pytest.raises(UserError, match="reward head"):
         raft.train(config, headless, Words(), ["3"], Tracker(None))
+
+
+def test_answers_are_drawn_by_seed_and_step_alone(monkeypatch):
+    """Processes whose dropout drew more or less go on with the same answers."""
+    original, calls = raft.sft.Trainer.step, []
+    config = replace(CONFIG, max_steps=3, batch_size=2)
+
+    def answers(draws, **changes):
+        def step(trainer, batch):
+            calls[-1].append(batch)
+            torch.rand(draws)
+            return original(trainer, batch)
+
+        calls.append([])
+        monkeypatch.setattr(raft.sft.Trainer, "step", step)
+        model = model_with_adapter()
+        raft.train(replace(config, **changes), model, Words(), ["3 4", "5 6", "7"], Tracker(None))
+        assert not any(module.training for module in model.modules())
+        return calls[-1]
+
+    first = answers(0)
+    assert answers(5) == first != answers(0, seed=1)
+    assert first[0] != first[1] != first[2]
