@@ -133,6 +133,7 @@ class Tracker:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.console = console or make_console(quiet=not is_main)
         self.started = time.perf_counter()
+        self._before = 0.0  # seconds of the run that this one goes on with
         self._metrics = None
         self._events: Any = None
         self._others: list[Any] = []
@@ -148,7 +149,7 @@ class Tracker:
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
             )
         else:
-            self._global_step = len(read_metrics(self.run_dir))
+            self._goes_on_after(read_metrics(self.run_dir))
         self._metrics = open(self.run_dir / METRICS, "a", buffering=1, encoding="utf-8")
         if not resume:
             self._events = _tensorboard_writer(self.run_dir / "tensorboard")
@@ -165,7 +166,7 @@ class Tracker:
             self._forget(stage, step)
         self._global_step += 1
         if self._metrics is not None:
-            seconds = round(time.perf_counter() - self.started, 3)
+            seconds = round(self._before + time.perf_counter() - self.started, 3)
             line = {"stage": stage, "step": step, "time": seconds, **figures}
             self._metrics.write(json.dumps(line) + "\n")
         if self._events is not None:
@@ -202,16 +203,17 @@ class Tracker:
         assert self.run_dir is not None and self._metrics is not None
         self._metrics.close()
         file = self.run_dir / METRICS
-        kept = [
-            line
-            for line in file.read_text(encoding="utf-8").splitlines()
-            if not _is_from(line, stage, step)
-        ]
+        lines = file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not _is_from(line, stage, step)]
         _write_text(file, "".join(f"{line}\n" for line in kept))
-        self._global_step = len(kept)
+        self._goes_on_after(read_metrics(self.run_dir))
         self._metrics = open(file, "a", buffering=1, encoding="utf-8")
         if self._events is None:
             self._events = _tensorboard_writer(self.run_dir / "tensorboard", purge_step=step)
+
+    def _goes_on_after(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self._global_step = len(lines)
+        self._before = max((line.get("time") or 0.0 for line in lines), default=0.0)
 
     @contextlib.contextmanager
     def progress(self, stage: str, total: int) -> Iterator[ProgressBar]:
@@ -310,9 +312,11 @@ class _PlainBar(ProgressBar):
         self._console, self._stage, self._total = console, stage, total
         self._started = time.perf_counter()
         self._printed = -1
+        self._skipped: int | None = None  # steps of the run that this one goes on with
         self._figures: dict[str, Any] = {}
 
     def update(self, step: int, **figures: Any) -> None:
+        self._skipped = max(step - 1, 0) if self._skipped is None else self._skipped
         self._figures.update(figures)
         part = step * PLAIN_LINES // max(self._total, 1)
         if part == self._printed:
@@ -322,7 +326,8 @@ class _PlainBar(ProgressBar):
         seconds = time.perf_counter() - self._started
         left = ""
         if 0 < step < self._total:
-            left = f", {seconds * (self._total - step) / step:.0f} s left"
+            each = seconds / max(step - self._skipped, 1)
+            left = f", {each * (self._total - step):.0f} s left"
         self._console.print(
             f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{left}{shown}",
             markup=False,

@@ -91,6 +91,28 @@ def test_resume_appends(tmp_path):
     assert "seed: 3" in (run / "config.yaml").read_text()
 
 
+def test_seconds_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    """They go on from the step before, and what is left is reckoned by the steps made since."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+
+    def run(steps, resume):
+        with Tracker(tmp_path, None, resume=resume) as tracker:
+            with tracker.progress("PPO", 10) as bar:
+                for step in steps:
+                    clock["now"] += 4.0
+                    tracker.log(step, {"kl": 0.1}, "ppo")
+                    bar.update(step)
+
+    run([1, 2, 3], resume=False)
+    clock["now"] = 50.0  # of another process, which has a clock of its own
+    run([3, 4], resume=True)
+    assert [line["time"] for line in read_metrics(tmp_path)] == [4.0, 8.0, 12.0, 16.0]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/10" in line]
+    assert ["28 s left" in line for line in lines] == [False, False, True, True, False]
+    assert "24 s left" in lines[-1]
+
+
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path):
     run = finished_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
