@@ -45,7 +45,7 @@ class PairLoss(nn.Module):
         hidden = self._hidden(batch, self.role)  # (rows, L, D)
         sums: dict[str, Tensor] = {}
         if config.objective in REWARD_OBJECTIVES:
-            rewards = model.reward_head(hidden.float()).squeeze(-1)  # (rows, L)
+            rewards = model._head("reward", hidden)  # (rows, L) float32 under autocast too
             sums.update(reward_losses(rewards, batch, config))
         if config.objective in TEXT_OBJECTIVES:
             rows = hidden.flatten(0, 1).index_select(0, batch.positions)  # (M, D)

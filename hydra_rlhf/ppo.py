@@ -89,6 +89,7 @@ class PPOResult:
         seconds: Wall time.
         first_step: 1, or the step after the checkpoint from which the run went on.
         stopped_by: The signal that ended the run early, after it was saved.
+        saved: Whether the disk took the last checkpoint that was due; known to the first process.
     """
 
     models: MethodModels
@@ -97,6 +98,7 @@ class PPOResult:
     seconds: float = 0.0
     first_step: int = 1
     stopped_by: signal.Signals | None = None
+    saved: bool = False
 
 
 def train(
@@ -171,7 +173,12 @@ def train(
         scheduler,
         kl_controller,
         moments=RunningMoments() if config.use_score_scaling else None,
-        batches=PromptBatches(len(prompts), config.local_batch_size * processes.count, config.seed),
+        batches=PromptBatches(
+            len(prompts),
+            config.local_batch_size * processes.count,
+            config.seed,
+            texts=(row if isinstance(row, str) else row.prompt for row in prompts),
+        ),
         shuffle=torch.Generator().manual_seed(config.seed + 1),
         processes=processes,
         scaler=accelerator.scaler,
@@ -200,8 +207,9 @@ def train(
     store = None
     if folder is not None:
         store = CheckpointStore(folder / "checkpoints", save_total_limit=config.save_total_limit)
-        newest = store.latest() if resume else None
-        if newest is not None:
+        if not resume:
+            store.refuse_others()
+        elif newest := store.latest():
             result.first_step = state.load(newest.path) + 1
 
     with stop_on_signal() if store is not None else contextlib.nullcontext(StopRequest()) as stop:
@@ -222,7 +230,7 @@ def train(
             # A signal may have reached some processes only, and all must stop after one step.
             stopping = store is not None and processes.any(bool(stop))
             if store is not None and (due or stopping):
-                state.save(store, step)
+                result.saved = state.save(store, step) is not None
             if stopping:
                 result.stopped_by = stop.signal or signal.SIGTERM
                 _log.warning("%s: stopping after step %d", result.stopped_by.name, step)
@@ -407,7 +415,8 @@ def saved_by_prefixes(
     return run.state.models.prefix_savings(
         prefixes,
         scored_roles(config, run.reward_fn is None),
-        updates=config.num_ppo_epochs - skipped / config.num_mini_batches,
+        # The first minibatch that is skipped was run, and told to stop.
+        updates=config.num_ppo_epochs - max(skipped - 1, 0) / config.num_mini_batches,
         updated=("critic",) if step <= config.critic_warmup_steps else ("actor", "critic"),
         kept=kept,
         reuse=config.reuse_reference_reward,

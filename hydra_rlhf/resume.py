@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from hydra_rlhf.checkpoint import (
     CheckpointError,
@@ -70,7 +70,7 @@ class RunState:
     config: PPOConfig
     models: MethodModels
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     kl_controller: FixedKLController | AdaptiveKLController
     moments: RunningMoments | None
     batches: PromptBatches
@@ -128,7 +128,7 @@ class RunState:
             )
         put_back(folder, self._trained(), trained)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        put_back_schedule(self.scheduler, state["scheduler"])
         vars(self.kl_controller).update(state["kl_controller"])
         if self.moments is not None:
             vars(self.moments).update(state["moments"])
@@ -205,6 +205,19 @@ def put_back(
         raise UserError(f"cannot resume from {folder}: it is of another model")
     for name, parameter in trained:
         parameter.copy_(saved[name])
+
+
+def put_back_schedule(schedule: LambdaLR, saved: dict[str, Any]) -> None:
+    """Its place; the rates there are those of the steps that there will be now.
+
+    The optimizer has been put back before, with the rates of a run that may have been shorter.
+    """
+    schedule.load_state_dict(saved)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def put_back_rng(processes: Processes, saved: Sequence[dict[str, Any]]) -> None:

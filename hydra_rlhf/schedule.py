@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,14 @@ class PromptBatches:
         num_prompts: How many there are.
         batch_size: How many a batch has.
         seed: Of the order.
+        texts: The prompts, where a run that goes on is to have the same.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, seed: int):
+    def __init__(
+        self, num_prompts: int, batch_size: int, seed: int, texts: Iterable[str] | None = None
+    ):
         self.num_prompts = num_prompts
+        self.digest = None if texts is None else _digest(texts)
         self.batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting: list[int] = []
@@ -52,19 +58,29 @@ class PromptBatches:
     def state_dict(self) -> dict[str, Any]:
         return {
             "num_prompts": self.num_prompts,
+            "digest": self.digest,
             "generator": self._generator.get_state(),
             "waiting": list(self._waiting),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the prompts are not as many as they were."""
+        """Raises UserError where the prompts are not those that they were."""
         if state["num_prompts"] != self.num_prompts:
             raise UserError(
                 f"cannot resume: there were {state['num_prompts']} prompts and there are "
                 f"{self.num_prompts}"
             )
+        if state["digest"] != self.digest:
+            raise UserError("cannot resume: the prompts are not what they were")
         self._generator.set_state(state["generator"])
         self._waiting = list(state["waiting"])
+
+
+def _digest(texts: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(repr(text).encode())  # its quotes part one from the next
+    return found.hexdigest()
 
 
 def sampling_seeds(seed: int, step: int, count: int) -> list[int]:

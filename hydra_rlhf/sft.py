@@ -51,6 +51,7 @@ class SFTResult:
     final: dict[str, float]  # evaluation at the end: on eval_pairs, or empty without
     first_step: int = 1  # or the step after the checkpoint from which the run went on
     stopped_by: signal.Signals | None = None  # what ended the run early, after it was saved
+    saved: bool = False  # whether the disk took the last checkpoint, in the first process
 
 
 class Trainer:
@@ -106,21 +107,24 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         share = batch[accelerator.process_index :: accelerator.num_processes]
         # The counts of the batch over all processes are known to each: no reduction is needed.
-        num_tokens = sum(len(pair.chosen) - (not pair.prompt) for pair in batch)
+        num_tokens = max(sum(len(pair.chosen) - (not pair.prompt) for pair in batch), 1)
         num_pairs = max(sum(bool(pair.rejected) for pair in batch), 1)
         world = accelerator.num_processes  # DDP averages gradients; ours are sums already divided
-        micro = config.micro_batch_size or max(len(share), 1)
-        pieces = [share[i : i + micro] for i in range(0, len(share), micro)] or [batch[:1]]
+        sharded = self.processes.sharding is not None
+        largest = math.ceil(len(batch) / world)
+        micro = config.micro_batch_size or largest
+        # Split weights are gathered by all in every pass, so that all make as many.
+        passes = math.ceil((largest if sharded else max(len(share), 1)) / micro)
         totals: dict[str, Tensor] = {}
-        for index, piece in enumerate(pieces):
-            collated = _collate(config, self.tokenizer, piece).to(accelerator.device)
-            last = index == len(pieces) - 1
-            sharded = self.processes.sharding is not None
+        for index in range(passes):
+            piece = share[index * micro : (index + 1) * micro]
+            collated = _collate(config, self.tokenizer, piece or batch[:1]).to(accelerator.device)
+            last = index == passes - 1
             with contextlib.nullcontext() if last or sharded else accelerator.no_sync(self.module):
                 sums = self.module(collated)
                 sums.pop("difference", None)
                 loss = _combine(config, sums, num_tokens, num_pairs)
-                if not share:  # more processes than pairs: take part in the reduction with nothing
+                if not piece:  # fewer pairs than others have: take part in what is common
                     loss = loss * 0.0
                     sums = {name: value * 0.0 for name, value in sums.items()}
                 accelerator.backward(loss * world)
@@ -202,6 +206,8 @@ def train(
                 on_step(step)
             if course.ends_after(step):
                 break
+    if held_out and course.first_step > len(plan):  # there was no step left to evaluate after
+        course.final = evaluate(config, model, tokenizer, held_out, role=trainer.role)
     trainer.module.eval()
     return result_of(course)
 
@@ -214,6 +220,7 @@ def result_of(course: Course) -> SFTResult:
         course.final,
         course.first_step,
         course.stopped_by,
+        course.saved,
     )
 
 
@@ -253,7 +260,7 @@ def evaluate(
     model.train(was_training)
     means: dict[str, float] = {}
     if "sft" in totals:
-        means["sft_loss"] = totals["sft"] / tokens
+        means["sft_loss"] = totals["sft"] / max(tokens, 1)
     count = sum(bool(pair.rejected) for pair in pairs)
     for name, label in PAIR_FIGURES.items():
         if name in totals and count:

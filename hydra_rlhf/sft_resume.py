@@ -60,6 +60,7 @@ class Course:
         tokens: That were trained on.
         final: The last evaluation.
         stopped_by: The signal that ended the run early, after it was saved.
+        saved: Whether the disk took the last checkpoint that was due; known to the first process.
 
     Args:
         config: Settings.
@@ -88,6 +89,7 @@ class Course:
         self.step, self.first_step, self.tokens = 0, 1, 0
         self.final: dict[str, float] = {}
         self.stopped_by: signal.Signals | None = None
+        self.saved = False
         self._before, self._started = 0.0, time.perf_counter()
         self._stop = StopRequest()
         self._store: CheckpointStore | None = None
@@ -100,8 +102,9 @@ class Course:
         self._store = CheckpointStore(
             Path(run_dir) / "checkpoints", save_total_limit=config.save_total_limit
         )
-        newest = self._store.latest() if resume else None
-        if newest is not None:
+        if not resume:
+            self._store.refuse_others()
+        elif newest := self._store.latest():
             self._load(newest.path)
             self.first_step = self.step + 1
 
@@ -138,7 +141,10 @@ class Course:
         rng = self.processes.gather_objects(rng_state())
         optimizer = self.trainer.optimizer.state_dict()  # by all: each may hold a part of it
         if self.processes.is_main:
-            resuming.take(self._store, self.step, lambda at: self._write(at, rng, optimizer))
+            taken = resuming.take(
+                self._store, self.step, lambda at: self._write(at, rng, optimizer)
+            )
+            self.saved = taken is not None
 
     def _write(self, folder: Path, rng: list[dict[str, Any]], optimizer: dict[str, Any]) -> None:
         scaler = self.trainer.accelerator.scaler
@@ -178,7 +184,7 @@ class Course:
             )
         resuming.put_back(folder, self._trained(), trained)
         self.trainer.optimizer.load_state_dict(state["optimizer"])
-        self.trainer.schedule.load_state_dict(state["schedule"])
+        resuming.put_back_schedule(self.trainer.schedule, state["schedule"])
         if self.order is not None:
             self.order.load_state_dict(state["order"])
         if self.trainer.accelerator.scaler is not None and state["scaler"]:

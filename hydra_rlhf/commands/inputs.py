@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,13 @@ def limits(
     word, _ = encode_prompts(tokenizer, ["a"], apply_chat_template=apply_chat_template)
     around = word.shape[1] - len(tokens(tokenizer, "a"))
     return {"max_length": min(known) - around, "overlong": overlong}
+
+
+def stopped(by: signal.Signals, saved: bool) -> str:
+    """What is said of a run that a signal ended."""
+    if saved:
+        return f"{by.name}: saved; the same command with --resume goes on"
+    return f"{by.name}: not saved; --resume goes on from the checkpoint before, if there is one"
 
 
 def command_line() -> str:

@@ -15,6 +15,7 @@ from hydra_rlhf.commands.inputs import (
     command_line,
     limits,
     open_shared_run_dir,
+    stopped,
 )
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import UserError
@@ -116,7 +117,7 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
         )
         if result.stopped_by is not None:
             tracker.report(result.diagnostics)
-            tracker.say(f"{result.stopped_by.name}: saved; the same command with --resume goes on")
+            tracker.say(stopped(result.stopped_by, result.saved))
             raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
             models.save(run_dir, base_model=config.sft_model_path)

@@ -16,6 +16,7 @@ from hydra_rlhf.commands.inputs import (
     command_line,
     limits,
     open_shared_run_dir,
+    stopped,
 )
 from hydra_rlhf.commands.ppo import loading_code
 from hydra_rlhf.data import Preference
@@ -129,7 +130,7 @@ def run(given: SFTInput, config: SFTConfig, output: TrainingOutput) -> SFTResult
             )
         if result.stopped_by is not None:
             tracker.report()
-            tracker.say(f"{result.stopped_by.name}: saved; the same command with --resume goes on")
+            tracker.say(stopped(result.stopped_by, result.saved))
             raise SystemExit(128 + result.stopped_by)
         saved = save(config, model, tokenizer, run_dir, given, accelerator)
         if accelerator.is_main_process:

@@ -226,7 +226,7 @@ def same_sft(folder, run_dir, name, tmp_path):
     """``run_dir`` is that of the run ``name`` by two processes; ``folder`` has what it needs."""
     metrics, weights = run_sft(name, folder, tmp_path / "run")
     found_metrics, found = sft_outcome(run_dir)
-    assert len(metrics) == len(found_metrics) == 3
+    assert len(metrics) == len(found_metrics) == 4
     for ours, theirs in zip(found_metrics, metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for key in theirs.keys() - {"tokens_per_s", "time", "stage"}:

@@ -92,6 +92,24 @@ def test_what_ppo_reports_of_held_out_prompts(by, monkeypatch):
         assert torch.equal(one, other[2].query_responses)
 
 
+@pytest.mark.parametrize("engine", ["transformers", "hydra"])
+def test_held_out_answers_do_not_hang_on_what_was_drawn_before(engine):
+    """Also of an engine that has no seeds and draws from torch's generator."""
+    config = settings(rollout_engine=engine, response_length=4)
+    models = method_from_model("hydra-ppo", plain_model(), lora=config)
+    train_by_chance(models.actor, scale=0.5)
+    processes = Processes(Accelerator(cpu=True))
+    sampler = Sampler(config, rollouts.sampling_of(config, make_tokenizer()), processes)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        arguments = config, models, make_tokenizer(), PROMPTS[:4], sampler, None, processes
+        found.append(ppo.evaluate(*arguments))
+    assert found[0] == found[1]
+    config.seed += 1
+    assert ppo.evaluate(*arguments) != found[0]
+
+
 def test_how_many_held_out_prompts_and_when():
     """The first three of seven, at every second step; functions see training prompts between."""
     seen = []

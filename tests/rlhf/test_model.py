@@ -275,6 +275,7 @@ def test_positions_and_last_token():
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
     response = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
     assert last_token(response).tolist() == [1, 2, -1]
+    assert last_token(torch.tensor([[True, False, True], [False, True, False]])).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -419,3 +420,25 @@ def test_refuses_bad_paths_and_files(tmp_path):
     with pytest.raises(ValueError, match="at least one column must be prompt"):
         ids, mask, _ = batch()
         make_model("llama").score(ids, mask, mask.bool())
+
+
+@pytest.mark.parametrize("under", ["bfloat16 weights", "autocast"])
+def test_heads_are_float32_over_a_decoder_that_is_not(under):
+    """Rewards are compared by margins that bfloat16 would round away."""
+    model = make_model("llama", trained=True)
+    if under == "bfloat16 weights":
+        model.base.to(torch.bfloat16)
+    inputs = batch()
+    last = last_token(inputs[2]) + inputs[0].shape[1] - inputs[2].shape[1]
+    states = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=under == "autocast"):
+        out = model.score(*inputs, keep_states=states)
+        reward = model.forward_role("reward", *inputs[:2])
+        off = model.hidden(*inputs[:2])
+    assert out.values.dtype == out.scores.dtype == reward.dtype == torch.float32
+    values = states["critic"].double() @ model.value_head.weight.double().T
+    rewards = off.double() @ model.reward_head.weight.double().T
+    expected = torch.where(inputs[2], values.squeeze(-1), 0.0)
+    torch.testing.assert_close(out.values.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reward.double(), rewards.squeeze(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out.scores, reward[torch.arange(len(last)), last])

@@ -337,3 +337,23 @@ def test_scores_in_one_batch_while_its_bytes_fit(monkeypatch, method, passes):
         widths.clear()
         run(replace(config, batched_score_budget_gb=budget / 1e9))
         assert widths[0] == (batched * rows, length)
+
+
+def test_what_the_prefix_saves_of_an_update_that_stopped_early():
+    """Blocks run without it and with it: the minibatch that told to stop was run as well."""
+    counted = []
+    for share in (True, False):
+        config = settings(max_steps=1, lora_last_k=1, batched_score="no", share_prefix=share)
+        config.num_ppo_epochs, config.target_kl = 4, 1e-6
+        config.rollout_engine = "transformers"
+        models = method_from_model("hydra-ppo", plain_model(), lora=config)
+        calls, layer = [], models.actor.trunk.layers[0]
+        layer.register_forward_hook(lambda _, args, out, calls=calls: calls.append(args[0].shape))
+        metrics = run(config, models).metrics[0]
+        assert metrics["policy/updates_skipped"] == 7  # of 8: the second is told, and run
+        length = max(shape[1] for shape in calls)
+        counted.append(sum(shape[0] for shape in calls if shape[1] == length))
+        if share:
+            saved = metrics["reuse/prefix_bytes_saved"] / sum(p.nbytes for p in layer.parameters())
+    # Of 8 rows: three passes of scoring, one of which made it, and one epoch of two roles.
+    assert saved == (counted[1] - counted[0]) / 8 == 3 - 1 + 2

@@ -378,3 +378,21 @@ def test_the_bundled_tokenizer_continues_a_prompt():
     )[0]
     assert encoded.prompt + encoded.chosen[:-1] == tokenizer("The rain. I like it.")["input_ids"]
     assert encoded.chosen[-1] == tokenizer.eos_token_id
+
+
+def test_rewards_are_float32_under_autocast():
+    batch = collate([SHORT, LONG], pad=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PairLoss(tiny_model(), SFTConfig(objective="rm"), None)(batch)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert (found["difference"] != found["difference"].bfloat16()).any()
+
+
+def test_a_batch_without_a_token_to_predict():
+    """An empty prompt leaves the first token of an answer unpredicted, and this is all there is."""
+    model = tiny_model()
+    nothing = [Preference("", "", "3")]
+    config = SFTConfig(objective="hydra", batch_size=1, max_steps=1)
+    result = sft.train(config, model, Words(), nothing, Tracker(None), eval_pairs=nothing)
+    assert result.final["sft_loss"] == 0.0 and math.isfinite(result.final["rm_loss"])
+    assert weights(model).isfinite().all()

@@ -166,8 +166,8 @@ def tokens_of_uneven_lengths(index):
     return out
 
 
-# Twice as many microbatches as one process has in the last batch, which is of one pair.
-_SFT = dict(batch_size=4, micro_batch_size=1, epochs=1.0, learning_rate=1e-2, max_grad_norm=0.5)
+# One process has two microbatches of a batch and the other one; of the last batch one has none.
+_SFT = dict(batch_size=3, micro_batch_size=1, epochs=1.0, learning_rate=1e-2, max_grad_norm=0.5)
 SFT_RUNS = {
     "hydra": dict(objective="hydra", weight_decay=0.1, eval_every=1),
     "lora": dict(objective="hydra", lora_r=4, gradient_checkpointing=True),
@@ -177,19 +177,19 @@ SFT_RUNS = {
 
 
 def prepare_sft(folder):
-    """A model, its tokenizer and 9 pairs, of which the last batch has one."""
+    """A model, its tokenizer and 10 pairs, of which the last batch has one."""
     make_lm("llama", num_hidden_layers=2).save_pretrained(folder / "start")
     make_tokenizer().save_pretrained(folder / "start")
     rows = [
         {"prompt": prompt, "chosen": f" w{3 + i} w{20 + i}", "rejected": " w9" * (1 + i % 4)}
-        for i, prompt in enumerate(PROMPTS[:9])
+        for i, prompt in enumerate(PROMPTS[:10])
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def begin_sft(name, folder, out):
     """All of a run's steps but the last, by this process: what it made of that is taken away."""
-    run_sft(name, folder, out, save_steps=2)
+    run_sft(name, folder, out, save_steps=3)
     shutil.rmtree(Path(out) / "model")
 
 
