@@ -9,6 +9,7 @@
 // Sums are in float32, in an order that the number of threads does not change.
 #include <atomic>
 #include <cstdint>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -62,6 +63,7 @@ struct Task {
   const std::int64_t* table;
   int thread, threads;
   Meeting* meeting;
+  std::atomic<bool>* strayed;  // whether an index was outside of its tensor; nothing is done there
 };
 
 template <int W>
@@ -95,16 +97,16 @@ HYDRA_INLINE void walk(const Task& task) {
         run_rows<kSoftmax>(words, thread, threads);
         break;
       case kGather:
-        run_gather(words, thread, threads);
+        run_gather(words, thread, threads, *task.strayed);
         break;
       case kPut:
-        run_put(words, thread, threads);
+        run_put(words, thread, threads, *task.strayed);
         break;
       case kAttention:
         run_attention<W>(words, thread, threads, scratch);
         break;
       case kDraw:
-        run_draw(words, thread, threads, scratch);
+        run_draw(words, thread, threads, scratch, *task.strayed);
         break;
     }
   }
@@ -137,11 +139,17 @@ void walk_best(const Task& task) {
   }
 }
 
+void check(const std::atomic<bool>& strayed) {
+  if (strayed) throw std::out_of_range("replay: an index is outside of its tensor");
+}
+
 }  // namespace
 
 void replay(std::uintptr_t program, std::int64_t num_words, std::uintptr_t table, int threads) {
   const auto* words = reinterpret_cast<const std::int64_t*>(program);
   const auto* addresses = reinterpret_cast<const std::int64_t*>(table);
+  const auto* end = words + num_words;
+  std::atomic<bool> strayed{false};
 #ifdef _OPENMP
   if (threads > 1) {
     Meeting* meeting = nullptr;
@@ -151,14 +159,15 @@ void replay(std::uintptr_t program, std::int64_t num_words, std::uintptr_t table
 #pragma omp single
       meeting = new Meeting(omp_get_num_threads());
       walk_best(
-          {words, words + num_words, addresses, omp_get_thread_num(), omp_get_num_threads(),
-           meeting});
+          {words, end, addresses, omp_get_thread_num(), omp_get_num_threads(), meeting, &strayed});
     }
     delete meeting;
+    check(strayed);
     return;
   }
 #endif
-  walk_best({words, words + num_words, addresses, 0, 1, nullptr});
+  walk_best({words, end, addresses, 0, 1, nullptr, &strayed});
+  check(strayed);
 }
 
 }  // namespace hydra::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/replay_words.h"
@@ -93,8 +94,10 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
   words.read(sa);
   const auto* b = words.address<char>();
   words.read(sb);
+  double exact;  // as a float it would round integers past 2^24
+  std::memcpy(&exact, words.at, sizeof exact);
   const float number = words.number();
-  const auto whole = static_cast<std::int64_t>(number);
+  const auto whole = static_cast<std::int64_t>(exact);
   if (b == nullptr) {
     b = type == kFloat ? reinterpret_cast<const char*>(&number)
                        : reinterpret_cast<const char*>(&whole);

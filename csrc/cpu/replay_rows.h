@@ -1,6 +1,7 @@
 // Reductions of rows, rows taken from and put into others, and tokens drawn from rows of logits.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -84,14 +85,18 @@ HYDRA_INLINE void run_rows(Words words, int thread, int threads) {
 }
 
 template <class T>
-HYDRA_INLINE void gather_of(Words words, int thread, int threads) {
-  const std::int64_t count = words.next(), width = words.next();
+HYDRA_INLINE void gather_of(Words words, int thread, int threads, std::atomic<bool>& strayed) {
+  const std::int64_t count = words.next(), width = words.next(), rows = words.next();
   const auto* ids = words.address<std::int64_t>();
   const T* from = words.address<T>();
   const std::int64_t stride = words.next();
   float* to = words.address();
   const Part part = part_of(count, 1, thread, threads);
   for (std::int64_t i = part.first; i < part.last; ++i) {
+    if (ids[i] < 0 || ids[i] >= rows) {
+      strayed.store(true, std::memory_order_relaxed);
+      continue;
+    }
     const T* row = from + ids[i] * stride;
     float* out = to + i * width;
 #pragma omp simd
@@ -99,22 +104,41 @@ HYDRA_INLINE void gather_of(Words words, int thread, int threads) {
   }
 }
 
-HYDRA_INLINE void run_gather(Words words, int thread, int threads) {
+HYDRA_INLINE void run_gather(Words words, int thread, int threads, std::atomic<bool>& strayed) {
   if (words.next() != 0) {
-    gather_of<BFloat16>(words, thread, threads);
+    gather_of<BFloat16>(words, thread, threads, strayed);
   } else {
-    gather_of<float>(words, thread, threads);
+    gather_of<float>(words, thread, threads, strayed);
   }
 }
 
+// An index of one dimension: of which values, as far apart, and of how many; -1 is the last.
+struct Index {
+  const std::int64_t* values;
+  std::int64_t step, size;
+
+  HYDRA_INLINE static Index read(Words& words) {
+    Index index{};
+    index.values = words.address<std::int64_t>();
+    index.step = words.next();
+    index.size = words.next();
+    return index;
+  }
+
+  // Whether it is inside; moves `offset` there.
+  HYDRA_INLINE bool add(std::int64_t n, std::int64_t& offset) const {
+    if (values == nullptr) return true;
+    const std::int64_t at = values[n] < 0 ? values[n] + size : values[n];
+    offset += at * step;
+    return at >= 0 && at < size;
+  }
+};
+
 // to[first[i], second[i], ...] = from[i, ...]; the rest (3 dimensions) is copied.
 template <class T>
-HYDRA_INLINE void put_of(Words words, int thread, int threads) {
+HYDRA_INLINE void put_of(Words words, int thread, int threads, std::atomic<bool>& strayed) {
   const std::int64_t count = words.next();
-  const auto* first = words.address<std::int64_t>();
-  const std::int64_t step_first = words.next();
-  const auto* second = words.address<std::int64_t>();
-  const std::int64_t step_second = words.next();
+  const Index first = Index::read(words), second = Index::read(words);
   std::int64_t sizes[3], st[3], sf[3];
   words.read(sizes);
   T* to = words.address<T>();
@@ -124,7 +148,13 @@ HYDRA_INLINE void put_of(Words words, int thread, int threads) {
   words.read(sf);
   const Part part = part_of(count, 1, thread, threads);
   for (std::int64_t n = part.first; n < part.last; ++n) {
-    T* out = to + first[n] * step_first + (second == nullptr ? 0 : second[n] * step_second);
+    std::int64_t offset = 0;
+    const bool inside = first.add(n, offset);
+    if (!second.add(n, offset) || !inside) {
+      strayed.store(true, std::memory_order_relaxed);
+      continue;
+    }
+    T* out = to + offset;
     const float* in = from + n * step_from;
     for (std::int64_t i = 0; i < sizes[0]; ++i) {
       for (std::int64_t j = 0; j < sizes[1]; ++j) {
@@ -136,11 +166,11 @@ HYDRA_INLINE void put_of(Words words, int thread, int threads) {
   }
 }
 
-HYDRA_INLINE void run_put(Words words, int thread, int threads) {
+HYDRA_INLINE void run_put(Words words, int thread, int threads, std::atomic<bool>& strayed) {
   if (words.next() != 0) {
-    put_of<BFloat16>(words, thread, threads);
+    put_of<BFloat16>(words, thread, threads, strayed);
   } else {
-    put_of<float>(words, thread, threads);
+    put_of<float>(words, thread, threads, strayed);
   }
 }
 
@@ -203,18 +233,19 @@ inline void filter_weights(float* weights, std::int64_t n, const Filter& filter)
     const double needed = static_cast<double>(filter.top_p) * total;
     double before = 0.0;
     std::int64_t kept = 0;
-    for (std::int64_t done = 0, part = kBlock; done < n && before < needed; part *= 4) {
+    const auto more = [&] { return kept == 0 || before < needed; };  // the likeliest stays
+    for (std::int64_t done = 0, part = kBlock; done < n && more(); part *= 4) {
       const std::int64_t end = std::min(n, done + part);
       if (end < n) {
         std::nth_element(order.begin() + done, order.begin() + end, order.end(), largest_first);
       }
       std::sort(order.begin() + done, order.begin() + end, largest_first);
-      for (; kept < end && before < needed; ++kept) {
+      for (; kept < end && more(); ++kept) {
         before += order[static_cast<std::size_t>(kept)];
       }
       done = end;
     }
-    const float least = order[static_cast<std::size_t>(std::max<std::int64_t>(kept, 1) - 1)];
+    const float least = order[static_cast<std::size_t>(kept - 1)];
     std::int64_t equal = kept;  // of the least, the first in the vocabulary stay
     for (std::int64_t i = 0; i < n; ++i) equal -= weights[i] > least ? 1 : 0;
     for (std::int64_t i = 0; i < n; ++i) {
@@ -228,12 +259,13 @@ inline void filter_weights(float* weights, std::int64_t n, const Filter& filter)
   }
 }
 
-HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<float>& scratch) {
+HYDRA_INLINE void run_draw(
+    Words words, int thread, int threads, std::vector<float>& scratch, std::atomic<bool>& strayed) {
   const std::int64_t rows = words.next(), n = words.next();
   const float* logits = words.address();
   const std::int64_t stride = words.next();
   const float* uniforms = words.address();
-  const std::int64_t uniform_stride = words.next();
+  const std::int64_t uniform_stride = words.next(), num_uniforms = words.next();
   const auto* columns = words.address<std::int64_t>();
   auto* tokens = words.address<std::int64_t>();
   float* logprobs = words.address();
@@ -252,6 +284,10 @@ HYDRA_INLINE void run_draw(Words words, int thread, int threads, std::vector<flo
   const float factor = 1.0f / temperature;
   const Part part = part_of(rows, 1, thread, threads);
   for (std::int64_t row = part.first; row < part.last; ++row) {
+    if (sample && (columns[row] < 0 || columns[row] >= num_uniforms)) {
+      strayed.store(true, std::memory_order_relaxed);
+      continue;
+    }
     const float* z = logits + row * stride;
     const float top = largest(z, n);
 #pragma omp simd

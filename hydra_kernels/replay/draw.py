@@ -73,8 +73,8 @@ def filter_logprobs(
         scores = scores.masked_fill(scores < worst, -torch.inf)
     if top_p < 1.0:
         ordered, index = torch.softmax(scores, dim=-1).sort(dim=-1, descending=True, stable=True)
-        # The likeliest always stays.
         beyond = ordered.cumsum(-1) - ordered >= top_p
+        beyond[:, 0] = False  # the likeliest stays, whatever top_p
         scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
     if min_p > 0.0:
         least = scores.amax(-1, keepdim=True) + math.log(min_p)

@@ -90,6 +90,7 @@ class Lowering:
         self.instructions: list[_Instruction] = []
         self.made: dict[int, int] = {}  # storages that the function made, and their bytes
         self.outside: dict[int, Tensor] = {}  # all others
+        self.constants: set[int] = set()  # storages that the function made and nothing writes to
         self.kept: list[Tensor] = []
         self.results = {_storage(t) for t in outputs}
 

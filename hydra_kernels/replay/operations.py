@@ -74,7 +74,8 @@ def _empty(to: Lowering, node: Node) -> None:
 @_lowers(aten.arange.default, aten.arange.start, aten.zeros.default, aten.ones.default,
          aten.full.default, aten.scalar_tensor.default)  # fmt: skip
 def _constant(to: Lowering, node: Node) -> None:
-    """Stays where it is: nothing that has an instruction writes to what it did not make."""
+    """Stays where it is; no instruction may write there, for it would not be made anew."""
+    to.constants.add(node.out.untyped_storage().data_ptr())
 
 
 _UNARY = {
@@ -203,6 +204,7 @@ def _embedding(to: Lowering, node: Node) -> None:
         int(to.in_halves(table)),
         ids.numel(),
         table.shape[1],
+        table.shape[0],
         to.at(ids),
         to.at(table),
         table.stride(0),
@@ -225,6 +227,8 @@ def _put(to: Lowering, node: Node) -> None:
         or len({i.numel() for i in given}) > 1
     ):
         raise NotReplayable("an index_put with other than one or two lists of indices")
+    if target.untyped_storage().data_ptr() in to.constants:
+        raise NotReplayable("an index_put to a constant")
     rest = [d for d in range(target.dim()) if d not in dims]
     count = given[0].numel()
     shape = [count, *(target.shape[d] for d in rest)]
@@ -238,7 +242,8 @@ def _put(to: Lowering, node: Node) -> None:
     words: list[int | At] = [int(to.in_halves(target)), count]
     for n in range(2):
         there = n < len(dims)
-        words += [to.at(given[n]) if there else NOWHERE, target.stride(dims[n]) if there else 0]
+        words.append(to.at(given[n]) if there else NOWHERE)
+        words += [target.stride(dims[n]), target.shape[dims[n]]] if there else [0, 0]
     words += [*[1] * pad, *sizes, to.at(target), *[0] * pad, *strides_to]
     words += [to.at(value), value.stride(0), *[0] * pad, *strides_from]
     to.add(PUT, False, words)
@@ -323,8 +328,9 @@ def _draw_tokens(to: Lowering, node: Node) -> None:
         raise NotReplayable("a draw whose columns are not contiguous int64")
     B, V = logits.shape
     words: list[int | At] = [B, V, to.at(logits), logits.stride(0)]
-    words += [to.at(uniforms), uniforms.stride(0), to.at(columns)]
+    words += [to.at(uniforms), uniforms.stride(0), uniforms.shape[1], to.at(columns)]
     words += [to.at(to.makes(out)) for out in node.out]
     words += [bits(temperature), int(sample), top_k, bits(top_p), bits(min_p)]
+    late = [token for token in late if 0 <= token < V]  # others would be written beside the row
     words += [late_from, len(late), *late]
     to.add(DRAW, B * V >= SHARED_ELEMENTS, words)

@@ -53,7 +53,12 @@ class Replay:
         self._table.copy_(torch.tensor([self._arena.data_ptr(), *addresses]))
 
     def __call__(self) -> None:
-        """Runs the recorded operations on what the tensors hold now."""
+        """Runs the recorded operations on what the tensors hold now.
+
+        Raises:
+            IndexError: an index among them is outside of its tensor; nothing is read or written
+                there.
+        """
         extension.module.replay_cpu(  # type: ignore[union-attr]
             self._words.data_ptr(),
             self._words.numel(),
