@@ -37,7 +37,7 @@ from hydra_rlhf.decode_state import (
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import fingerprint, recorded
-from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, generate
+from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, check_sampling, generate
 from hydra_rlhf.token_choice import Chosen, choose, write
 
 _log = logging.getLogger("hydra_rlhf")
@@ -70,6 +70,10 @@ class RolloutEngine(Engine):
         replay: bool | None = None,
         keep: int | None = None,
     ):
+        counts = {"batch_size": batch_size, "check_every": check_every, "bucket": bucket}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         on_gpu = model.device.type == "cuda"
         self.model = model
         self.batch_size = batch_size
@@ -158,9 +162,11 @@ class RolloutEngine(Engine):
 
         Raises:
             Unsupported: the model keeps its past in another way than as keys and values a layer.
-            ValueError: ``values`` without a joint adapter, or another number of seeds.
+            ValueError: ``values`` without a joint adapter, another number of seeds, no prompts, or
+                settings that no distribution has.
         """
         model = self.model
+        check_sampling(sampling)
         if values and model.role("critic").adapter != model.role(role).adapter:
             raise ValueError("values need one adapter for actor and critic")
         if seeds is not None and len(seeds) != len(input_ids):

@@ -20,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -45,6 +46,21 @@ class Sampling(NamedTuple):
     min_response_length: int = 0
     do_sample: bool = True
     min_p: float = 0.0
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError where no distribution has these settings."""
+    least = torch.finfo(torch.float32).tiny  # below it logits divide to inf, whose softmax is NaN
+    if sampling.response_length < 1:
+        raise ValueError(f"response_length must be at least 1, got {sampling.response_length}")
+    if not sampling.temperature >= least:
+        raise ValueError(
+            f"temperature must be at least {least:.2g}, got {sampling.temperature}; the likeliest "
+            "token is taken by do_sample=False"
+        )
+    for name in ("top_p", "min_p"):
+        if not 0.0 <= getattr(sampling, name) <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {getattr(sampling, name)}")
 
 
 @dataclass
@@ -154,7 +170,9 @@ class Engine(abc.ABC):
 
         Raises:
             UserError: the model or a setting is out of the engine's reach.
+            ValueError: no distribution has these settings.
         """
+        check_sampling(sampling)
         settings = (role, with_logprobs, seeds, keep_prefix)
         return self.sample(Request(model, input_ids, attention_mask, sampling, *settings))
 
@@ -308,15 +326,19 @@ def generate(
 
     Returns:
         A :class:`Rollout` without texts. T is the longest response, not response_length.
+
+    Raises:
+        ValueError: no distribution has these settings.
     """
+    check_sampling(sampling)
     keep = _SampledLogprobs(sampling.temperature) if with_logprobs else None
     config = GenerationConfig(
         max_new_tokens=sampling.response_length,
-        min_new_tokens=sampling.min_response_length or None,
         do_sample=sampling.do_sample,
         temperature=sampling.temperature if sampling.do_sample else None,
         top_k=sampling.top_k if sampling.do_sample else None,
         top_p=sampling.top_p if sampling.do_sample else None,
+        min_p=sampling.min_p if sampling.do_sample and sampling.min_p > 0.0 else None,
         eos_token_id=list(sampling.stop_ids),
         pad_token_id=sampling.pad_id,
         # From here on nothing may come from the checkpoint's own generation_config.
@@ -325,6 +347,18 @@ def generate(
         num_beams=1,
         use_cache=True,
     )
+    processors: list[LogitsProcessor] = [keep] if keep else []
+    if sampling.min_response_length > 0 and sampling.stop_ids:
+        # Not by the configuration's min_new_tokens, which would come before what keeps the
+        # log-probabilities.
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(
+                input_ids.shape[1],
+                sampling.min_response_length,
+                list(sampling.stop_ids),
+                device=str(input_ids.device),
+            )
+        )
     with plain_generation_config(model.causal_lm):
         sequences = model.generate(
             input_ids=input_ids,
@@ -332,7 +366,7 @@ def generate(
             generation_config=config,
             synced_gpus=synced_gpus,
             role=role,
-            logits_processor=LogitsProcessorList([keep] if keep else []),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([keep.after_token] if keep else []),
         )
     responses = sequences[:, input_ids.shape[1] :]
@@ -414,8 +448,8 @@ def decode(
 class _SampledLogprobs(LogitsProcessor):
     """Reads generation's logits as they go by, one step held at a time.
 
-    Custom processors run before transformers' temperature and filters, so the distribution seen
-    here is the unfiltered one.
+    Custom processors run in their order, before transformers' temperature and filters, so the
+    distribution that the first one sees is the unfiltered one.
     """
 
     def __init__(self, temperature: float):
