@@ -9,18 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-
-class Unsupported(Exception):
-    """The engine cannot run this model; the message says why."""
-
-
-def check_supported(config: Any) -> None:
-    """Raises Unsupported where what a token sees depends on more than the masks that are given."""
-    kind = config.model_type
-    if kind == "bloom" or getattr(config, "alibi", False):
-        raise Unsupported(f"{kind} makes its biases of attention (ALiBi) from a mask of its own")
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        raise Unsupported(f"{kind} has local attention, whose windows are counted from slot 0")
+from hydra_rlhf.decodable import Unsupported
 
 
 def kv_bytes(text: Any, itemsize: int) -> int:

@@ -25,11 +25,10 @@ from transformers.cache_utils import Cache
 
 import hydra_kernels.peft
 from hydra_kernels.replay import NotReplayable
+from hydra_rlhf.decodable import Unsupported, check_supported
 from hydra_rlhf.decode_state import (
     Prefill,
     State,
-    Unsupported,
-    check_supported,
     new_state,
     prefill_masks,
     widen,
@@ -98,7 +97,6 @@ class RolloutEngine(Engine):
         prompts = request.input_ids, request.attention_mask
         if not self._refused:
             try:
-                check_supported(self.model.config.get_text_config())
                 out = self.generate(
                     *prompts,
                     request.sampling,
@@ -161,7 +159,8 @@ class RolloutEngine(Engine):
                 blocks below it.
 
         Raises:
-            Unsupported: the model keeps its past in another way than as keys and values a layer.
+            Unsupported: the model keeps its past in another way than as keys and values a layer,
+                or what a token sees depends on more than its masks.
             ValueError: ``values`` without a joint adapter, another number of seeds, no prompts, or
                 settings that no distribution has.
         """
@@ -173,6 +172,7 @@ class RolloutEngine(Engine):
             raise ValueError(f"{len(input_ids)} prompts need as many seeds, got {len(seeds)}")
         if input_ids.shape[0] == 0:
             raise ValueError("no prompts")
+        check_supported(model.causal_lm, input_ids.shape[1] + sampling.response_length)
         uniforms = _uniforms(seeds, len(input_ids), sampling.response_length, input_ids.device)
         adapter = model.adapter_id(role)
         self._entering = Entering(model, keep_prefix)
@@ -319,13 +319,7 @@ class RolloutEngine(Engine):
         self._forget()
         self._key = key
         self._state = new_state(
-            B,
-            slots,
-            T,
-            device,
-            window=window,
-            values=values,
-            dtype=self._dtype,
+            B, slots, T, device, window=window, values=values, dtype=self._dtype
         )
         return self._state
 

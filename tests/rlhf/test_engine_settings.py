@@ -1,5 +1,6 @@
 """Settings at their ends, one engine for many settings, and what a recorded step depends on."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ import transformers
 
 from hydra_kernels.peft import FusedLinear
 from hydra_kernels.replay import Replay, unavailable
-from hydra_rlhf.decode_state import Prefill, Unsupported, check_supported
+from hydra_rlhf.decodable import Unsupported, check_config
+from hydra_rlhf.decode_state import Prefill
 from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.engines import GenerateEngine
 from hydra_rlhf.model import HydraModel
@@ -193,11 +195,52 @@ def test_what_sees_more_than_the_masks_is_refused():
         transformers.GPTNeoConfig(),
     ):
         with pytest.raises(Unsupported):
-            check_supported(config)
-    check_supported(transformers.FalconConfig(alibi=False))
-    check_supported(
-        transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global", "global"], 1]])
-    )
+            check_config(config, 1)
+    check_config(transformers.FalconConfig(alibi=False), 1)
+    plain = transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global", "global"], 1]])
+    check_config(plain, 1)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONGROPE |= {"rope_theta": 1e4, "original_max_position_embeddings": 29}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.Phi3Config(**_GATED, original_max_position_embeddings=29,
+                                 rope_parameters=LONGROPE), "past 29 tokens"),
+        (transformers.LlamaConfig(**{**_GATED, "max_position_embeddings": 29},
+                                  rope_parameters=DYNAMIC), "past 29 tokens"),
+        (transformers.Lfm2Config(**_GATED, layer_types=["conv", "full_attention", "conv"]),
+         "layers of conv"),
+        (transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+         "MambaModel keeps more of the past than keys and values"),
+        (transformers.OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4),
+         "OpenAIGPTModel keeps no keys and values"),
+    ],
+    ids=["longrope", "dynamic", "conv", "mamba", "no cache"],
+)  # fmt: skip
+def test_models_with_another_past_run_by_generate(config, message, caplog):
+    """Frequencies of rotary embeddings too may hang on how long the sequences have become."""
+    torch.manual_seed(0)
+    model = HydraModel(transformers.AutoModelForCausalLM.from_config(config).eval())
+    ids, mask = prompts(3)
+    shorter, longer = (GREEDY._replace(response_length=n, stop_ids=(VOCAB,)) for n in (20, 21))
+    with caplog.at_level(logging.WARNING):
+        engine = RolloutEngine(model)
+        if "tokens" in message:  # 9 and 20 are not past 29
+            out = engine(model, ids, mask, shorter)
+            assert torch.equal(
+                out.query_responses, generate(model, ids, mask, shorter).query_responses
+            )
+            assert "rollouts run" not in caplog.text
+        engine(model, ids, mask, longer)
+        with pytest.raises(Unsupported):
+            engine.generate(ids, mask, longer)
+    (said,) = [r.getMessage() for r in caplog.records if "rollouts run" in r.getMessage()]
+    assert message in said
 
 
 def test_a_look_every_few_steps_when_rows_take_turns(monkeypatch):
