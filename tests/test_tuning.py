@@ -1,5 +1,6 @@
 """Launch choices: the table, the default, and that nothing is timed unless it is asked for."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -43,17 +44,33 @@ def choose(launch=None, **sizes):
     return tuning.choose("toy", ON_GPU, sizes or {"M": 100}, CANDIDATES, launch)
 
 
-def timed(monkeypatch, ms):
-    """Replaces the clock: milliseconds by block, an exception where there are none."""
+OUTPUT = torch.linspace(-3.0, 3.0, 64)
+
+
+def timed(monkeypatch, ms, spoil=None):
+    """Replaces the clock: milliseconds by block, an exception where there are none; ``spoil`` does
+    to the output of the wide block what a wrong kernel would. Lists the blocks that were timed."""
     ran = []
+    out = torch.zeros_like(OUTPUT)
+    launched = []
 
     def launch(config):
-        ran.append(config["BLOCK"])
+        launched.append(config["BLOCK"])
         if config["BLOCK"] not in ms:
             raise RuntimeError("out of resource: shared memory")
-        return ms[config["BLOCK"]]
+        if config["BLOCK"] == 128 and spoil is not None:
+            spoil(out)
+        else:
+            out.copy_(OUTPUT)
+        return out
 
-    monkeypatch.setattr(tuning, "_cuda_ms", lambda call: call())
+    def clock(call):
+        call()
+        ran.append(launched[-1])
+        return ms[launched[-1]]
+
+    monkeypatch.setattr(tuning, "_cuda_ms", clock)
+    monkeypatch.setattr(tuning, "_synchronize", lambda: None)
     return launch, ran
 
 
@@ -83,10 +100,10 @@ def test_nothing_is_timed_unless_asked(monkeypatch):
     launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
     assert choose(launch) == DEFAULT and ran == []
     monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
-    assert choose(launch) == WIDE and ran == [64, 4096, 128]
+    assert choose(launch) == WIDE and ran == [64, 128]
     assert choose(launch, M=128) == WIDE  # the same power of two
-    assert len(ran) == 3
-    assert choose(launch, M=129) == WIDE and len(ran) == 6
+    assert len(ran) == 2
+    assert choose(launch, M=129) == WIDE and len(ran) == 4
 
 
 def test_yes_and_no_are_tuned_apart(monkeypatch, tmp_path):
@@ -123,11 +140,95 @@ def test_nothing_is_timed_under_capture(monkeypatch):
     assert choose(launch) == DEFAULT and ran == []
 
 
-def test_no_candidate_that_runs_is_an_error(monkeypatch):
-    launch, _ = timed(monkeypatch, {})
+def test_without_the_default_no_candidate_can_be_checked(monkeypatch, tmp_path):
+    launch, ran = timed(monkeypatch, {128: 1.0})
     monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
-    with pytest.raises(RuntimeError, match="toy: no candidate runs: .*shared memory"):
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(tmp_path / "mine.json"))
+    said = r"toy: the default .*64.* does not run, .*shared memory"
+    with pytest.raises(RuntimeError, match=said):
         choose(launch)
+    assert ran == [] and not (tmp_path / "mine.json").exists()
+
+
+def nothing(out):
+    """A kernel that writes nothing: what was there before must not be taken for its output."""
+
+
+WRONG = {
+    "one element": (
+        lambda out: out.copy_(OUTPUT)[7].add_(1e-2),
+        "in 1 of 64: off by up to 1.00e-02",
+    ),
+    "not finite": (lambda out: out.copy_(OUTPUT)[7].fill_(torch.inf), "in 1 of 64: not finite"),
+    "a tail": (lambda out: out[:60].copy_(OUTPUT[:60]), "in 4 of 64: not finite"),
+    "nothing": (nothing, "in 64 of 64: not finite"),
+    "a constant": (lambda out: out.zero_(), "in 64 of 64: off by up to 3.00e+00"),
+}
+
+
+@pytest.mark.parametrize("spoil, said", WRONG.values(), ids=WRONG)
+def test_a_candidate_that_is_fast_and_wrong_is_never_kept(
+    monkeypatch, tmp_path, caplog, spoil, said
+):
+    launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0}, spoil)
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(tmp_path / "mine.json"))
+    assert choose(launch) == DEFAULT and ran == [64]
+    assert tuning.read(tmp_path / "mine.json") == [row(DEFAULT, M=[65, 128])]
+    left_out = [r.message for r in caplog.records if "left out" in r.message]
+    assert left_out[0].endswith("{'BLOCK': 4096}: does not run: out of resource: shared memory")
+    assert "{'BLOCK': 128}: output 0 differs" in left_out[1] and said in left_out[1]
+
+
+def test_rounding_is_no_difference(monkeypatch):
+    """Of float32 sums in another order, and of one more rounding to half precision."""
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    launch, _ = timed(monkeypatch, {64: 2.0, 128: 1.0}, lambda out: out.copy_(OUTPUT * (1 + 1e-5)))
+    assert choose(launch) == WIDE
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = torch.randn(1000).to(dtype)
+        rounded = (exact.float() * (1 + torch.finfo(dtype).eps / 2)).to(dtype)
+        assert not exact.equal(rounded)
+        assert tuning._differs([rounded], [exact]) == ""
+        assert "off by" in tuning._differs([exact * 1.1], [exact])
+
+
+def test_room_that_the_kernel_leaves_alone_is_not_compared_and_not_changed():
+    """As the columns of a chunk past the vocabulary, or zeros that were there before."""
+    out = torch.zeros(8)
+
+    def launch(config):
+        out[: 6 if config["BLOCK"] == 64 else 8] = 1.0  # the wide one writes more than it has to
+        return out, None
+
+    clock = {64: 2.0, 128: 1.0}
+    ran = []
+
+    def launch_named(config):
+        ran.append(config["BLOCK"])
+        return launch(config)
+
+    def time_ms(call):
+        call()
+        return clock[ran[-1]]
+
+    assert tuning.fastest("toy", (DEFAULT, WIDE), launch_named, time_ms) == WIDE
+    assert out.tolist() == [1.0] * 6 + [0.0] * 2
+
+
+def test_a_candidate_that_loses_the_device_ends_the_tuning(monkeypatch, tmp_path):
+    """After it nothing that is measured means anything."""
+    launch, _ = timed(monkeypatch, {64: 2.0, 128: 1.0})
+
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_synchronize", lost)
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+    monkeypatch.setenv("HYDRA_TUNING_FILE", str(tmp_path / "mine.json"))
+    with pytest.raises(RuntimeError, match="toy: the candidate .*4096.* lost the device"):
+        choose(launch)
+    assert not (tmp_path / "mine.json").exists()
 
 
 def test_what_is_found_is_kept_and_read_again(monkeypatch, tmp_path):
@@ -146,7 +247,7 @@ def test_what_is_found_is_kept_and_read_again(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_found", {})
     forget()
     assert choose(launch, M=65) == WIDE and choose(launch, M=129) == DEFAULT
-    assert len(ran) == 6
+    assert len(ran) == 4
 
 
 @pytest.mark.parametrize("text", ['{"toy": 1}', '[{"kernel": "toy"}]', "[3]"])
@@ -234,3 +335,88 @@ def test_every_choice_of_linear_logprob_gives_the_same_answer(monkeypatch, refer
         "dlogits",
         "dhidden",
     }
+
+
+def tuned(monkeypatch, module, wrong=()):
+    """Makes each choice of ``module`` by tuning, on whatever device, the last candidates being the
+    faster ones; those of the kernels named in ``wrong`` are off in one element. Collects
+    what was chosen, as the number of a candidate."""
+    chosen: dict[str, tuple[int, int]] = {}
+
+    def choose(name, tensor, sizes, candidates, launch):
+        candidates = list(candidates)[:2]
+        turns = iter(range(len(candidates), 0, -1))
+
+        def spoilt(config):
+            outputs = launch(config)
+            if name in wrong and config != candidates[0]:
+                flat = tuning._tensors(outputs)[0].view(-1)
+                flat[flat.nan_to_num().abs().argmax()] += 1.0
+            return outputs
+
+        def time_ms(call):
+            call()
+            return next(turns)
+
+        config = tuning.fastest(name, candidates, spoilt, time_ms)
+        chosen[name] = (candidates.index(config), len(candidates))
+        return config
+
+    monkeypatch.setattr(module.tuning, "choose", choose)
+    return chosen
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("op", ["ppo_loss", "linear_logprob", "lora_linear"])
+def test_the_tuner_checks_what_the_kernels_write(monkeypatch, op, wrong):
+    """Right candidates of every tuned kernel pass, a wrong one of any does not, and either way the
+    call that tunes gives the right answer."""
+    pytest.importorskip("triton", reason="needs Triton, which exists for Linux on x86-64")
+    import hydra_kernels
+    from hydra_kernels.backends import triton
+
+    module = importlib.import_module(f"{triton.__name__}.{op}")
+    kernels = {
+        "ppo_loss": ["ppo_loss_fwd"],
+        "linear_logprob": [f"linear_logprob_{k}" for k in ("fwd", "dlogits", "dhidden")],
+        "lora_linear": [f"lora_linear_{k}" for k in ("shrink", "append", "contract")],
+    }[op]
+
+    def half(*size):
+        return torch.randn(size, device=DEVICE).half() / size[-1] ** 0.5
+
+    mask = torch.rand(3, 1000, device=DEVICE) < 0.7
+    tokens = [torch.randn(3, 1000, device=DEVICE) for _ in range(6)]
+    x, weight, a, b = (half(*size) for size in [(70, 96), (300, 96), (8, 96), (300, 8)])
+    targets = torch.randint(300, (70,), device=DEVICE).masked_fill_(
+        torch.arange(70, device=DEVICE) % 9 == 0, -100
+    )
+    ids = torch.arange(70, device=DEVICE) % 3 - 1
+
+    def run(backend):
+        if op == "ppo_loss":
+            names = ("old_logprobs", "old_values", "advantages", "returns")
+            leaves = [t.detach().clone().requires_grad_() for t in tokens[:2]]
+            given = dict(zip(names, tokens[2:], strict=True))
+            out = hydra_kernels.ppo_loss(*leaves, **given, mask=mask, backend=backend)
+            return (*out, *torch.autograd.grad(out.loss, leaves))
+        leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+        if op == "linear_logprob":
+            out = hydra_kernels.linear_logprob(leaves[0], weight, targets, backend=backend)
+            total = out.logprobs.sum() + out.entropy.sum()
+            return out.logprobs, out.entropy, *torch.autograd.grad(total, leaves[:1])
+        lora_a, lora_b = [[t, t.flip(0)] for t in leaves[1:]]
+        y = hydra_kernels.lora_linear(
+            leaves[0], weight, lora_a, lora_b, [2.0, 0.5], adapter_ids=ids, backend=backend
+        )
+        return y, *torch.autograd.grad(y.float().square().sum(), leaves)
+
+    expected = run("reference")
+    chosen = tuned(monkeypatch, module, kernels if wrong else ())
+    actual = run("triton")
+    assert {name: number for name, (number, _) in chosen.items()} == {
+        name: 0 if wrong else of - 1 for name, (_, of) in chosen.items()
+    }
+    assert sorted(chosen) == sorted(kernels)
+    assert all(of > 1 for _, of in chosen.values())
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2e-2)

@@ -10,10 +10,10 @@ holds what was measured to be better, a row a kernel, architecture and range of 
     {"kernel": "gae_fwd", "arch": "90", "when": {"T": [1, 512]}, "config": {"BLOCK_T": 128}}
 
 The first row that fits wins. Nothing is ever timed at a user's call unless ``HYDRA_AUTOTUNE=1``:
-then the first call of each size (to the next power of two) on a GPU times every candidate, and the
-process keeps the fastest. With ``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a
-file that is there is read before the package's: it has the same form, so that rows worth keeping
-are copied over as they are.
+then the first call of each size (to the next power of two) on a GPU runs every candidate, leaves
+out those whose outputs are not the default's, and the process keeps the fastest of the rest. With
+``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a file that is there is read
+before the package's: it has the same form, so that rows worth keeping are copied over as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 Config = Mapping[str, int]
+#: What a launch has written: a tensor, or several, None for one that this call has not.
+Outputs = Tensor | Sequence[Tensor | None]
 
 _TABLE = Path(__file__).with_suffix(".json")
 _log = logging.getLogger("hydra_kernels")
@@ -42,7 +44,7 @@ def choose(
     tensor: Tensor,
     sizes: Mapping[str, int],
     candidates: Sequence[Config],
-    launch: Callable[[Config], object] | None = None,
+    launch: Callable[[Config], Outputs] | None = None,
 ) -> Config:
     """The launch choice of ``kernel`` for these sizes on the tensor's device.
 
@@ -51,8 +53,9 @@ def choose(
         tensor: Any tensor of the call, for its device.
         sizes: What the choice depends on.
         candidates: Every choice that is right, the generic default first.
-        launch: Launches the kernel with a choice, as often as it is called and without a lasting
-            effect; None where that cannot be, and then it is never tuned.
+        launch: Launches the kernel with a choice, as often as it is called, and returns what that
+            has written, all of it the same for every choice but for rounding; None where that
+            cannot be, and then it is never tuned.
     """
     if tensor.device.type != "cuda":
         return candidates[0]
@@ -72,23 +75,99 @@ def choose(
 def fastest(
     kernel: str,
     candidates: Sequence[Config],
-    launch: Callable[[Config], object],
+    launch: Callable[[Config], Outputs],
     time_ms: Callable[[Callable[[], object]], float],
 ) -> Config:
-    """Times every candidate; one that does not fit the device is passed over, and logged."""
-    times: list[tuple[float, int]] = []
-    failures = []
-    for i, config in enumerate(candidates):
+    """The fastest candidate of those that run and write what the default, the first, writes.
+
+    The others are logged, each with what is wrong with it. Outputs are left as the default's.
+
+    Raises:
+        RuntimeError: the default does not run, or a candidate has lost the device.
+    """
+    try:
+        written = _tensors(launch(candidates[0]))
+        result = [t.clone() for t in written]
+        # Once more over NaN: what is NaN then is no output, but room that the kernel leaves alone.
+        _poison(written)
+        mine = written = _tensors(launch(candidates[0]))
+        expected = [t.clone() for t in written]
+        times = [(time_ms(functools.partial(launch, candidates[0])), 0)]
+    except Exception as error:
+        raise RuntimeError(
+            f"{kernel}: the default {dict(candidates[0])} does not run, and without it no other "
+            f"candidate can be checked: {error}"
+        ) from error
+    for i, config in enumerate(candidates[1:], 1):
         try:
-            times.append((time_ms(functools.partial(launch, config)), i))
+            _poison(written)
+            written = _tensors(launch(config))
+            wrong = _differs(written, expected)
+            if not wrong:
+                times.append((time_ms(functools.partial(launch, config)), i))
         except Exception as error:  # too much shared memory, too many registers: Triton's own types
-            failures.append(f"{dict(config)}: {error}")
-            _log.info("%s: tuning passed over %s", kernel, failures[-1])
-    if not times:
-        raise RuntimeError(f"{kernel}: no candidate runs: {'; '.join(failures)}")
+            wrong = f"does not run: {error}"
+            _raise_if_lost(kernel, config)
+        if wrong:
+            _log.warning("%s: tuning left out %s: %s", kernel, dict(config), wrong)
+    for t, kept in zip(mine, result, strict=True):
+        t.copy_(kept)
     best, winner = min(times)
     _log.info("%s: %s, %.4f ms (default %.4f)", kernel, candidates[winner], best, times[0][0])
     return candidates[winner]
+
+
+def _tensors(outputs: Outputs) -> list[Tensor]:
+    given = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [t for t in given if t is not None]
+
+
+def _poison(tensors: Sequence[Tensor]) -> None:
+    """What is not written is not right by chance: from the last launch, or from its memory."""
+    for t in tensors:
+        t.fill_(float("nan"))
+
+
+def _differs(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """What sets the outputs of a candidate apart from the default's; "" where nothing does.
+
+    Sums in another order differ by their rounding: by a few units in the last place of an element,
+    or of what is usual among its neighbours where terms have cancelled.
+    """
+    for i, (got, due) in enumerate(zip(tensors, expected, strict=True)):
+        if got.shape != due.shape or got.dtype != due.dtype:
+            return (
+                f"output {i} is {got.dtype} {tuple(got.shape)}, {due.dtype} {tuple(due.shape)} due"
+            )
+        is_output = ~due.isnan()
+        allowed = max(4 * torch.finfo(due.dtype).eps, _TOLERANCE)
+        due, got = due[is_output].float(), got[is_output].float()
+        if due.numel() == 0:
+            continue
+        usual = due[due.isfinite()].square().mean().sqrt().nan_to_num()
+        error = torch.where(got == due, 0.0, (got - due).abs())  # infinities too
+        right = error <= allowed * (due.abs().nan_to_num(posinf=0.0) + usual)  # NaN is not
+        if not right.all():
+            count = int((~right).sum())
+            worst = float(torch.where(right, 0.0, error.nan_to_num(torch.inf, torch.inf)).max())
+            what = f"off by up to {worst:.2e}" if worst < float("inf") else "not finite"
+            return f"output {i} differs from the default's in {count} of {due.numel()}: {what}"
+    return ""
+
+
+#: Of float32 sums of some thousand terms, and of KL, where logits cancel.
+_TOLERANCE = 5e-5
+
+
+def _raise_if_lost(kernel: str, config: Config) -> None:
+    try:
+        _synchronize()
+    except Exception as error:
+        raise RuntimeError(f"{kernel}: the candidate {dict(config)} lost the device") from error
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize()
 
 
 def _cuda_ms(call: Callable[[], object]) -> float:

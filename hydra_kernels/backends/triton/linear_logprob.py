@@ -128,7 +128,7 @@ def _dhidden_candidates(itemsize: int, tma: bool) -> list[dict[str, int]]:
 
 
 def _choose(
-    kernel: str, inputs: LogprobInputs, saved: bool, run: Callable[[tuning.Config], None]
+    kernel: str, inputs: LogprobInputs, saved: bool, run: Callable[[tuning.Config], tuning.Outputs]
 ) -> tuning.Config:
     """Not by M: a row's result is the same in every batch, so its blocks are."""
     hidden, weight, ref_hidden = inputs.hidden, inputs.weight, inputs.ref_hidden
@@ -191,7 +191,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
         return results, norms, saved, ref_saved
     dense_bias = bias if bias is None else bias.contiguous()
 
-    def run(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> tuning.Outputs:
         blocks = dict(config)
         splits, block_v = blocks.pop("SPLITS"), config["BLOCK_V"]
         split_size = triton.cdiv(triton.cdiv(V, block_v), splits) * block_v
@@ -234,6 +234,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
             BLOCK_S=triton.next_power_of_2(splits),
             num_warps=4,
         )
+        return results, norms, saved, ref_saved
 
     with launch.on_device(hidden):
         run(_choose("linear_logprob_fwd", inputs, save, run))
@@ -263,7 +264,7 @@ def bwd(
     dlogits = hidden.new_empty(M, chunk)
     dense_bias = bias if bias is None else bias.contiguous()
 
-    def make_dlogits(config: tuning.Config, first: int = 0) -> None:
+    def make_dlogits(config: tuning.Config, first: int = 0) -> Tensor:
         count = min(chunk, V - first)
         blocks = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(count, config["BLOCK_V"])
         dz: Any = dlogits
@@ -298,8 +299,9 @@ def bwd(
             PRECISION=precision,
             **config,
         )
+        return dlogits
 
-    def add_to_dhidden(config: tuning.Config, first: int, out: Tensor) -> None:
+    def add_to_dhidden(config: tuning.Config, first: int, out: Tensor) -> Tensor:
         count = min(chunk, V - first)
         dz, w = dlogits, weight
         if config["TMA"]:
@@ -321,6 +323,7 @@ def bwd(
             PRECISION=precision,
             **config,
         )
+        return out
 
     for first in range(0, V, chunk) if M else ():
         count = min(chunk, V - first)
@@ -329,8 +332,8 @@ def bwd(
             make_dlogits(_choose("linear_logprob_dlogits", inputs, kept, make_dlogits), first)
             if dhidden is not None:
 
-                def trial(config: tuning.Config) -> None:  # on a sum of its own
-                    add_to_dhidden(config, 0, norms.new_zeros(M, D))
+                def trial(config: tuning.Config) -> Tensor:  # on a sum of its own
+                    return add_to_dhidden(config, 0, norms.new_zeros(M, D))
 
                 tma = itemsize == 2 and runtime.has_tma(weight)
                 config = tuning.choose(

@@ -98,7 +98,7 @@ def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | 
         return s
     has_dropout = dropout > 0.0
 
-    def run(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> Tensor:
         grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(ranks, config["BLOCK_R"]))
         lora_linear_shrink_kernel[grid](
             x,
@@ -119,6 +119,7 @@ def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | 
             HAS_DROPOUT=has_dropout,
             **config,
         )
+        return s
 
     # Not by M: a row's result is the same in every batch, so its blocks are.
     sizes = {"K": k, "R": ranks, "itemsize": x.element_size(), "dropout": int(has_dropout)}
@@ -292,12 +293,20 @@ def _contract(
         )
         return over_cols, over_rows
 
+    def trial(config: tuning.Config) -> list[Tensor]:
+        """With the sums over the parts, of which a choice has more or fewer."""
+        over_cols, over_rows = run(config)
+        sums = [] if over_cols is None else [_reduce(over_cols, x.new_empty(m, ranks), gates)]
+        return (
+            sums if over_rows is None else [*sums, _reduce(over_rows, x.new_empty(c, ranks), None)]
+        )
+
     # Not by M, as in _shrink.
     sizes = {"C": c, "R": ranks, "itemsize": x.element_size(), "dropout": int(has_dropout)}
     sizes |= {"over_cols": int(factor is not None), "over_rows": int(s is not None)}
     candidates = tiles.contract(ranks, x.dtype, has_dropout)
-    trial = run if m * c * ranks else None
-    return run(tuning.choose("lora_linear_contract", x, sizes, candidates, trial))
+    tried = trial if m * c * ranks else None
+    return run(tuning.choose("lora_linear_contract", x, sizes, candidates, tried))
 
 
 def _reduce(parts: Tensor, out: Tensor, gates: _Gates | None) -> Tensor:

@@ -152,7 +152,7 @@ def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dlogprobs = None if inputs.logprobs is None else torch.empty_like(inputs.logprobs)
     dvalues = None if inputs.values is None else torch.empty_like(inputs.values)
 
-    def run(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> tuning.Outputs:
         # One block where there are no tokens: it writes the zeros.
         num_blocks = max(1, triton.cdiv(mask.numel(), config["BLOCK"]))
         partial = mask.new_empty((num_blocks, 16), dtype=torch.float32)
@@ -174,6 +174,7 @@ def fwd(inputs: PPOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
                 BLOCK_PARTIAL=64,
                 **config,
             )
+        return stats, dlogprobs, dvalues
 
     run(tuning.choose("ppo_loss_fwd", mask, {"tokens": mask.numel()}, CONFIGS, run))
     return stats, dlogprobs, dvalues
