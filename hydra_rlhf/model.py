@@ -514,6 +514,8 @@ class HydraModel(nn.Module):
                 raise UserError(f"cannot read adapter {name} from {file}: {first_line(e)}") from e
             if result.unexpected_keys:
                 raise UserError(f"{file} has weights this model lacks: {result.unexpected_keys[0]}")
+            if missing := [key for key in result.missing_keys if f".{name}." in key]:
+                raise UserError(f"{file} lacks weights of this model: {missing[0]}")
         for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
             loaded = load_head(head_file(path, name), head.in_features, head.weight.device)
             if loaded is not None:

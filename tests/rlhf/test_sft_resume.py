@@ -309,7 +309,8 @@ def test_the_command_stops_and_goes_on(lora, tmp_path, monkeypatch, capsys):
     assert command("run") == 2 and "already holds a run" in capsys.readouterr().err
     assert command("run", "--resume") == 0
     assert len(calls) == 6 + 5 + 1
-    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/model").iterdir()]
+    every = (p for p in (tmp_path / "whole/model").rglob("*") if p.is_file())
+    files = [p.relative_to(tmp_path / "whole") for p in every]
     assert any(p.suffix == ".safetensors" for p in files)
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
