@@ -1,8 +1,11 @@
 """linear_logprob in Triton where the copy engine brings the blocks, and when it may."""
 
+import mmap
+
 import pytest
 import torch
 
+from hydra_kernels import linear_logprob
 from tests.numerics import device_of, fast_backends
 from tests.ops.test_linear_logprob import make_inputs, run, to_double
 
@@ -129,3 +132,21 @@ def test_older_gpus_and_float32_are_offered_no_descriptors():
         assert not any(config["TMA"] for config in kernel._dhidden_candidates(itemsize, tma))
     runtime = kernel.runtime
     assert runtime.has_tma(torch.zeros(2, 8)) and not runtime.has_tma(torch.zeros(0, 8))
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="4 GiB, of which only a CPU touches no more than asked"
+)
+def test_columns_of_operands_may_lie_2_to_the_31_apart():
+    """As those of a transposed head do: 262144 tokens by 8192 columns are 2^31 elements."""
+    M, D, V, apart = 5, 3, 37, 2**30 + 64
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE: pages are there from when they are written
+    pages = mmap.mmap(-1, 4 * apart + 4096, flags=mmap.MAP_PRIVATE | no_reserve)
+    memory = torch.frombuffer(pages, dtype=torch.float16)
+    near = make_inputs(M, D, V, DEVICE, torch.float16)
+    far = dict(near)
+    for name, at in (("weight", 0), ("hidden", V), ("ref_hidden", V + M)):
+        far[name] = memory.as_strided(near[name].shape, (1, apart), at).copy_(near[name])
+    found = linear_logprob(**far, backend="triton")
+    for a, b in zip(found, linear_logprob(**near, backend="triton"), strict=True):
+        assert torch.equal(a, b)

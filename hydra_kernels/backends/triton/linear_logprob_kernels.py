@@ -77,10 +77,11 @@ def _products(
                 ref_acc = tl.dot(r, w, ref_acc, input_precision=PRECISION)
     else:
         offs_d = tl.arange(0, BLOCK_D)
-        x_at = hidden + offs_m[:, None] * stride_hm + offs_d[None, :] * stride_hd
-        w_at = weight + offs_v[None, :].to(tl.int64) * stride_wv + offs_d[:, None] * stride_wd
+        far_d = offs_d.to(tl.int64)  # of a transposed operand, columns are V or M apart
+        x_at = hidden + offs_m[:, None] * stride_hm + far_d[None, :] * stride_hd
+        w_at = weight + offs_v[None, :].to(tl.int64) * stride_wv + far_d[:, None] * stride_wd
         if HAS_REF:
-            r_at = ref_hidden + offs_m[:, None] * stride_rm + offs_d[None, :] * stride_rd
+            r_at = ref_hidden + offs_m[:, None] * stride_rm + far_d[None, :] * stride_rd
         for start in range(0, D, BLOCK_D):
             x_mask = keep[:, None]
             w_mask = inside_v[None, :]
