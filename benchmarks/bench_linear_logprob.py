@@ -30,10 +30,14 @@ PEERS = (
 FLOOR = "bare product"
 MEMORY = True
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
+HALF = (torch.bfloat16,)
+BOTH = (torch.float32, torch.bfloat16)
 SHAPES = {
     "cpu": [
         Shape({"M": 256, "D": 256, "V": 8000}, "a small model's minibatch", quick=True),
-        Shape({"M": 1024, "D": 512, "V": 32000}, "Llama 2's vocabulary"),
+        Shape({"M": 256, "D": 256, "V": 8000}, "the same in half precision", dtypes=HALF),
+        Shape({"M": 64, "D": 1024, "V": 32000}, "few rows, of a deeper model", dtypes=BOTH),
+        Shape({"M": 1024, "D": 512, "V": 32000}, "Llama 2's vocabulary", dtypes=BOTH),
         Shape({"M": 1024, "D": 512, "V": 151936}, "Qwen's vocabulary"),
         Shape({"M": 4096, "D": 1024, "V": 32000}, "more rows than one tile"),
         Shape({"M": 2048, "D": 256, "V": 151936}, "what memory is measured on"),

@@ -6,7 +6,7 @@ object listed in its ``BENCHES``) that provides
 ``OP``       the op's name in ``hydra_kernels``
 ``MODES``    names of what is timed, for instance ``("fwd", "fwd+bwd")``
 ``SHAPES``   ``{"cpu": [Shape(...), ...], "cuda": [...]}``, each with the reason it is there
-``DTYPES``   ``{"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}``
+``DTYPES``   ``{"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}``; a shape may have its own
 ``PEERS``    names of the rows that are not ours, whether they can be imported or not
 ``inputs(shape, dtype, device)``
              the tensors, made by ``shape.sizes`` from torch's global seed
@@ -61,6 +61,7 @@ class Shape:
     sizes: dict[str, int]
     why: str
     quick: bool = False  # also part of --quick, of `pytest benchmarks/` and of the tests
+    dtypes: tuple[torch.dtype, ...] = ()  # none: those of the benchmark on this device
 
     def __str__(self) -> str:
         return " ".join(f"{name}={size}" for name, size in self.sizes.items())
@@ -254,7 +255,7 @@ def run(options: Options) -> Iterator[Record]:
                 groups = (
                     run_rows(bench, shape, dtype, mode, options)
                     for shape in shapes_of(bench, options.device, options.quick)
-                    for dtype in bench.DTYPES[options.device]
+                    for dtype in shape.dtypes or bench.DTYPES[options.device]
                     for mode in bench.MODES
                     if not options.modes or mode in options.modes
                 )

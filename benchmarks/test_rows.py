@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if hasattr(bench, "run"):
                 continue  # end to end: takes minutes and times itself
             for shape in harness.shapes_of(bench, device, quick):
-                for dtype in bench.DTYPES[device]:
+                for dtype in shape.dtypes or bench.DTYPES[device]:
                     for mode in bench.MODES:
                         at = f"{bench.OP}-{mode}-{shape}-{str(dtype)[6:]}".replace(" ", "-")
                         for row in harness.rows_of(bench, device):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +68,16 @@ def test_only_right_answers_get_a_time():
     assert records["broken"].why == "RuntimeError: out of something"
     assert "relative error 1.00e-02" in records["wrong"].why
     assert records["absent"].why == "not installed"
+
+
+def test_a_shape_may_have_dtypes_of_its_own(monkeypatch):
+    wide = replace(SIZE, dtypes=(torch.float64, torch.bfloat16), quick=False)
+    bench = toy({"right": lambda x: x + 1}, SHAPES={"cpu": [SIZE, wide]})
+    monkeypatch.setattr(harness, "names", lambda: ["bench_toy"])
+    monkeypatch.setattr(harness, "load", lambda name: [bench])
+    found = [r.dtype for r in harness.run(Options(effort=THREE))]
+    assert found == ["float32", "float64", "bfloat16"]
+    assert [r.dtype for r in harness.run(Options(effort=THREE, quick=True))] == ["float32"]
 
 
 def test_a_record_says_where_it_was_made():
@@ -275,8 +286,8 @@ def test_every_benchmark_keeps_the_contract(name):
         rows = tuple(r for r in harness.rows_of(bench, "cpu") if "compile" not in r)  # seconds each
         options = Options(rows=rows, effort=THREE)
         shape = harness.tiny(bench, "cpu")
-        for mode in bench.MODES:
-            dtype = bench.DTYPES["cpu"][0]
+        own = [dtype for s in bench.SHAPES["cpu"] for dtype in s.dtypes]
+        for dtype, mode in product({*bench.DTYPES["cpu"][:1], *own}, bench.MODES):
             given = bench.calls(bench.inputs(shape, dtype, "cpu"), mode)
             assert set(given) <= set(harness.rows_of(bench, "cpu"))
             records = list(harness.run_rows(bench, shape, dtype, mode, options))
