@@ -26,7 +26,6 @@ from hydra_rlhf.decode_state import kv_bytes
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.ledger import Ledger, NotAlike
 from hydra_rlhf.methods import MethodModels
-from hydra_rlhf.model import ROLES
 from hydra_rlhf.rollout import Rollout
 from hydra_rlhf.shapes import META, models_on_meta
 
@@ -52,6 +51,7 @@ class MethodPlan:
         kv_cache: Of generation at full length.
         logits: Of one step of generation, and the block that scoring holds.
         activations: What the update phase holds above gradients at its worst moment.
+        kept: Of prefix and kv_cache what stays on the device while it scores and updates.
         rollout, score, update: Peak of each phase, everything held included.
     """
 
@@ -66,6 +66,7 @@ class MethodPlan:
     kv_cache: int
     logits: int
     activations: int
+    kept: int
     rollout: int
     score: int
     update: int
@@ -79,6 +80,23 @@ class MethodPlan:
     def peak(self) -> int:
         return max(self.rollout, self.score, self.update)
 
+    @property
+    def peak_phase(self) -> str:
+        return max(PHASES, key=lambda phase: getattr(self, phase))
+
+    def at_peak(self) -> dict[str, int]:
+        """What the bytes of the highest peak are for; they add up to it."""
+        parts = {
+            "weights": self.weights + self.heads,
+            "adapters": self.adapters,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients if self.peak_phase == "update" else 0,
+            "keys and values, prefix": self.kept,
+        }
+        if self.peak_phase == "rollout":
+            parts["keys and values, prefix"] = self.kv_cache
+        return parts | {"activations, logits": self.peak - sum(parts.values())}
+
 
 class Planner:
     """Plans of one model, whatever the method and the batch. Nothing is walked through twice.
@@ -87,6 +105,7 @@ class Planner:
         model_config: transformers' configuration of the decoder.
         config: Batch sizes, lengths, rank, dtype, checkpointing and reuse, as for a run.
         prompt_length: Width of the padded prompts.
+        reward_config: Of a separate reward model or of a sequence classifier.
         device: "cuda" or "cpu": their kernels, and what is kept when, differ.
         card: Bytes of the device, of which sampling may keep a share between rollouts.
     """
@@ -97,6 +116,7 @@ class Planner:
         config: PPOConfig,
         *,
         prompt_length: int = 512,
+        reward_config: transformers.PretrainedConfig | None = None,
         device: str = "cuda",
         card: float = CARD,
     ):
@@ -104,6 +124,11 @@ class Planner:
             raise UserError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
         self.model_config, self.config = model_config, config
         self.prompt_length, self.device, self.card = prompt_length, device, card
+        self._reward, self._classifier = reward_config, 0
+        if any("SequenceClassification" in name for name in _architectures(reward_config)):
+            # It scores as a function does; what it holds while it runs is not counted.
+            self._reward, self._classifier = None, _bytes_of_classifier(reward_config)
+            self.config = replace(config, reward_fn=config.reward_fn or "classifier:score")
         self._ledger = Ledger()
         self._twins = True
         self._models: dict[str, MethodModels] = {}
@@ -188,7 +213,12 @@ class Planner:
         models = self._models.get(config.method)
         if models is None:
             models = models_on_meta(
-                self.model_config, config, self._ledger, device=self.device, twins=self._twins
+                self.model_config,
+                config,
+                self._ledger,
+                reward_config=self._reward,
+                device=self.device,
+                twins=self._twins,
             )
             for parameter in [*models.actor_parameters(), *models.critic_parameters()]:
                 parameter.requires_grad_(True)
@@ -198,6 +228,7 @@ class Planner:
     def _walked(self, config: PPOConfig) -> MethodPlan:
         models = self._models_of(config)
         held = _bytes(p for model in models for p in [*model.parameters(), *model.buffers()])
+        held += self._classifier
         heads = _bytes(
             p for m in models for h in (m.reward_head, m.value_head) for p in h.parameters()
         )
@@ -223,6 +254,7 @@ class Planner:
             kv_cache=kv_cache,
             logits=logits,
             activations=max(update - gradients, 0),
+            kept=kept + device_prefix,
             rollout=static + rollout,
             score=static + kept + device_prefix + score,
             update=static + kept + device_prefix + update,
@@ -276,7 +308,8 @@ class Planner:
         ledger.restart()
         with torch.no_grad(), ledger:
             keep = experience.kept_roles(config, models)
-            experience.score_keeping(size, config, models, rollout, prefixes, ROLES, keep)
+            roles = experience.scored_roles(config, config.reward_fn is None)
+            experience.score_keeping(size, config, models, rollout, prefixes, roles, keep)
         prefix = held * B // chunk
         too_large = prefix > config.prefix_budget_gb * 1e9
         on_host = config.prefix_device == "cpu" or (config.prefix_device == "auto" and too_large)
@@ -353,6 +386,18 @@ def largest_batch(
     return Planner(model_config, config, **settings).largest_batch(budget, method)
 
 
+def _architectures(config: transformers.PretrainedConfig | None) -> list[str]:
+    return [] if config is None else config.architectures or []
+
+
+def _bytes_of_classifier(config: Any) -> int:
+    with META:
+        classifier = transformers.AutoModelForSequenceClassification.from_config(
+            config, dtype=config.dtype or torch.float32
+        )
+    return _bytes([*classifier.parameters(), *classifier.buffers()])
+
+
 def _on_line(a: MethodPlan, b: MethodPlan, budget: int) -> int:
     """The batch size at which a phase reaches ``budget`` if each grows as from ``a`` to ``b``."""
     reach = []
@@ -386,6 +431,9 @@ class _NoAccelerator:
 
 # Pictures
 
+# Okabe and Ito's, which are told apart by those who do not see red and green.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+
 
 def draw(plans: list[MethodPlan], path: str | Path, *, budget: int | None = None) -> None:
     """A bar a method, stacked by what the bytes are for, as a PNG.
@@ -400,20 +448,31 @@ def draw(plans: list[MethodPlan], path: str | Path, *, budget: int | None = None
         from matplotlib import pyplot
     except ImportError as e:
         raise UserError("the chart needs matplotlib: pip install 'hydra-rlhf[plot]'") from e
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    parts = ("weights", "adapters", "optimizer", "gradients", "activations", "prefix", "kv_cache")
-    left = [0.0] * len(plans)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     names = [p.method for p in plans]
-    for part in parts:
-        widths = [getattr(p, part) / 1e9 for p in plans]
-        axes.barh(names, widths, left=left, label=part.replace("_", " "))
+    left = [0.0] * len(plans)
+    for part, color in zip(plans[0].at_peak(), _COLORS, strict=True):
+        widths = [p.at_peak()[part] / 1e9 for p in plans]
+        if any(widths):
+            bars = {"label": part, "color": color, "edgecolor": "white", "linewidth": 0.5}
+            axes.barh(names, widths, left=left, **bars)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.plot([p.peak / 1e9 for p in plans], names, "k|", markersize=24, label="peak of a phase")
+    for p in plans:
+        axes.annotate(
+            f"{p.peak / 1e9:.1f}, {p.peak_phase}",
+            (p.peak / 1e9, p.method),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     if budget is not None:
-        axes.axvline(budget / 1e9, color="black", linestyle="--", label="the card")
+        axes.axvline(budget / 1e9, color="black", ls="--", label=f"to use: {budget / 1e9:.1f} GB")
+    axes.margins(x=0.18)
     axes.invert_yaxis()
-    axes.set_xlabel("GB (1e9 bytes); phases do not hold all parts at once")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
+    axes.set_title(f"memory at its peak, batch of {plans[0].batch_size}", fontsize="medium")
+    axes.set_xlabel("GB (1e9 bytes); at each bar its sum, and the phase in which it is reached")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -39,25 +39,29 @@ def models_on_meta(
     config: PPOConfig,
     ledger: Ledger,
     *,
+    reward_config: transformers.PretrainedConfig | None = None,
     device: str = "cuda",
     twins: bool = True,
 ) -> MethodModels:
-    """The models of a method without storage.
+    """The models of a method without storage. No reward model is held beside a reward function.
 
     Args:
         model_config: Of the decoder.
         config: Method, dtype, adapters and checkpointing.
         ledger: Under which they will be run.
+        reward_config: Of a separate reward model, from which the critic starts too.
         device: Whose kernels they stand for.
         twins: Leave out blocks that the ledger can fill in.
     """
-    dtype = config.dtype or getattr(model_config, "dtype", None) or torch.float32
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
 
-    def make(*adapters: str, frozen: bool = False) -> _PlannedModel:
+    def make(
+        kind: transformers.PretrainedConfig, *adapters: str, frozen: bool = False
+    ) -> _PlannedModel:
+        dtype = config.dtype or getattr(kind, "dtype", None) or torch.float32
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
         with META:
-            lm = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            lm = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)
         model = _PlannedModel(lm.eval(), adapters, config, device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": config.use_reentrant})
@@ -68,21 +72,23 @@ def models_on_meta(
             put_twins(trunks.blocks(model.trunk), ledger, masked=masked)
         return model
 
-    method = config.method
+    method, rm_config = config.method, reward_config or model_config
+    use_head = config.reward_fn is None
     if method in ("ppo", "lora-ppo"):
         on = method == "lora-ppo"
         return MethodModels(
             method,
-            make(*(("actor",) if on else ())),
-            make(*(("critic",) if on else ())),
-            make(frozen=True),
-            make(frozen=True),
+            make(model_config, *(("actor",) if on else ())),
+            make(rm_config, *(("critic",) if on else ())),
+            make(model_config, frozen=True),
+            make(rm_config, frozen=True) if use_head else None,
         )
     if method == "d-lora-ppo":
-        actor, critic = make("actor"), make("critic")
-        return MethodModels(method, actor, critic, actor, critic)
-    one = make("joint") if method == "j-hydra-ppo" else make("actor", "critic")
-    return MethodModels(method, one, one, one, one)
+        actor, critic = make(model_config, "actor"), make(rm_config, "critic")
+        return MethodModels(method, actor, critic, actor, critic if use_head else None)
+    names = ("joint",) if method == "j-hydra-ppo" else ("actor", "critic")
+    one = make(model_config, *names)
+    return MethodModels(method, one, one, one, one if use_head else None)
 
 
 class _PlannedModel(HydraModel):

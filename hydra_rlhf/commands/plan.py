@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +20,11 @@ from hydra_rlhf.memory import MethodPlan
 from hydra_rlhf.settings import required, setting
 
 GB = 1e9
+NOT_COUNTED = (
+    "Counted is what tensors hold. Not counted, and what reserve_gb is for: the driver's context, "
+    "workspaces of cuBLAS, and what the allocator rounds up and cannot join. Processes are planned "
+    "as one that holds everything."
+)
 
 
 @dataclass
@@ -30,6 +39,7 @@ class PlanInput:
     device: str = setting("cuda", "whose kernels and buffers are counted", choices=memory.DEVICES)
     reserve_gb: float = setting(1.0, "kept free on it for the driver and the allocator")
     chart: str | None = setting(None, "file for a bar chart, PNG")
+    json: bool = setting(False, "print the plans as JSON, in bytes")
     batch_search: bool = setting(True, "also find the largest batch that fits, for each method")
 
 
@@ -38,7 +48,7 @@ POSITIONALS = ("model",)
 
 
 def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
-    """Prints a table; writes a chart where one is asked for."""
+    """Prints a table or JSON; writes a chart where one is asked for."""
     if given.prompt_length < 2:
         raise UserError(f"prompt_length must be at least 2, got {given.prompt_length}")
     budget = int((given.card_gb - given.reserve_gb) * GB)
@@ -48,9 +58,16 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
     with hub.loading("a configuration", given.model):
         model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
+    reward_config = None
+    if config.reward_model_path is not None:
+        with hub.loading("a configuration", config.reward_model_path):
+            reward_config = AutoConfig.from_pretrained(
+                config.reward_model_path, trust_remote_code=False
+            )
     planner = memory.Planner(
         model_config,
         config,
+        reward_config=reward_config,
         prompt_length=given.prompt_length,
         device=given.device,
         card=given.card_gb * GB,
@@ -59,11 +76,60 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
     largest = None
     if given.batch_search:
         largest = [planner.largest_batch(budget, method) for method in METHODS]
-    Console().print(table(plans, budget, largest))
+    if given.json:
+        print(json.dumps(as_json(plans, budget, largest), indent=2))
+    else:
+        Console().print(table(plans, budget, largest))
+        for i, p in enumerate(plans):
+            if p.peak > budget:
+                print(way_out(p, config, budget, None if largest is None else largest[i]))
+        print(NOT_COUNTED)
     if given.chart is not None:
         memory.draw(plans, given.chart, budget=budget)
-        print(f"wrote {given.chart}")
+        print(f"wrote {given.chart}", file=sys.stderr if given.json else sys.stdout)
     return plans
+
+
+def as_json(
+    plans: list[MethodPlan], budget: int, largest: list[int] | None = None
+) -> dict[str, Any]:
+    """The plans in bytes, by method."""
+    methods = {}
+    for i, p in enumerate(plans):
+        methods[p.method] = {
+            **{name: value for name, value in dataclasses.asdict(p).items() if name != "method"},
+            "peak": p.peak,
+            "fits": p.peak <= budget,
+            "largest_batch": None if largest is None else largest[i],
+        }
+    return {"budget": budget, "methods": methods}
+
+
+def way_out(p: MethodPlan, config: PPOConfig, budget: int, largest: int | None) -> str:
+    """What a method that does not fit lacks, and what would make it smaller."""
+    held = p.static + p.optimizer
+    ways = []
+    if held >= budget:
+        lacks = f"weights, adapters and optimizer alone are {held / GB:.1f} GB, whatever the batch"
+        if config.dtype != "bfloat16":
+            ways.append("--dtype bfloat16")
+        if p.method in ("ppo", "lora-ppo", "d-lora-ppo"):
+            ways.append("hydra-ppo or j-hydra-ppo, which hold one model")
+        if p.adapters:
+            ways.append(f"--lora-r below {config.lora_r}")
+        ways.append("FSDP over several cards, which splits the frozen weights")
+    else:
+        lacks = f"a batch of {p.batch_size} takes {p.peak / GB:.1f} GB in the {p.peak_phase} phase"
+        if largest:
+            ways.append(f"a batch of {largest}, with --gradient-accumulation-steps for more")
+        elif p.batch_size > 1:
+            ways.append("--per-device-train-batch-size 1 with --gradient-accumulation-steps")
+        if not config.gradient_checkpointing:
+            ways.append("--gradient-checkpointing")
+        if p.adapters and config.lora_last_k is None:
+            ways.append("--lora-last-k")
+        ways.append("shorter prompts and responses")
+    return f"{p.method} does not fit: {lacks}; try {', '.join(ways)}"
 
 
 def table(plans: list[MethodPlan], budget: int, largest: list[int] | None = None) -> Table:

@@ -1,6 +1,7 @@
 """The plan against bytes that were really allocated, and its parts by hand."""
 
 import gc
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import hydra_kernels
 from hydra_rlhf import cli, memory, ppo
 from hydra_rlhf import ledger as ledgers
+from hydra_rlhf.commands import plan as plan_command
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.ledger import Ledger
@@ -37,6 +39,9 @@ def wide(family):
     """Wide enough that tensors, not python objects, are what is counted."""
     config = CONFIGS[family]()
     config.update({"hidden_size": 64, "vocab_size": 257, "num_hidden_layers": 4})
+    kinds = getattr(config, "layer_types", None)
+    if kinds:  # of the layers that there were
+        config.layer_types = (2 * kinds)[:4]
     return config
 
 
@@ -62,6 +67,10 @@ def allocations(call):
         ("llama", "hydra-ppo", {"lora_last_k": 2}),
         ("gpt2", "j-hydra-ppo", {}),
         ("opt", "hydra-ppo", {}),
+        # Accumulated over microbatches; the widths of windows alternate.
+        ("gemma2", "ppo", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        ("qwen3", "lora-ppo", {"kl_estimator": "exact", "dtype": "bfloat16"}),
+        ("mixtral", "hydra-ppo", {"dtype": "bfloat16"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -69,11 +78,12 @@ def test_plan_is_what_is_allocated(family, method, changes):
     """Static bytes to 1%, the peak of a run to 10%."""
     model_config, config = wide(family), settings(method, **changes)
     planned = memory.plan(model_config, config, prompt_length=PROMPT, device="cpu")
-    lm = transformers.AutoModelForCausalLM.from_config(model_config).eval()
+    dtype = getattr(torch, config.dtype or "float32")
+    lm = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
     head = lm.get_output_embeddings().weight
     width = head.shape[1]
     # On its first call at a shape the op tries BLAS, which is no part of a run's memory.
-    hidden = torch.zeros(1, width, requires_grad=True)
+    hidden = torch.zeros(1, width, dtype=dtype, requires_grad=True)
     targets = torch.zeros(1, dtype=torch.long)
     hydra_kernels.linear_logprob(hidden, head.detach(), targets).logprobs.sum().backward()
     source = HydraModel(lm, reward_head=torch.nn.Linear(width, 1, bias=False))
@@ -283,6 +293,41 @@ def test_blocks_that_only_look_alike_are_all_run(monkeypatch):
     assert found == set(range(7))
 
 
+def test_separate_reward_models():
+    policy, small = wide("llama"), wide("llama")
+    small.update({"hidden_size": 32, "intermediate_size": 16})
+    one, other = (
+        memory.plan(kind, settings("hydra-ppo"), prompt_length=PROMPT).weights
+        for kind in (policy, small)
+    )
+
+    def weights(method, reward_config=None, **changes):
+        config = settings(method, **changes)
+        given = {"prompt_length": PROMPT, "reward_config": reward_config}
+        return memory.plan(policy, config, **given).weights
+
+    # Critic and reward are as large as the reward model.
+    assert weights("lora-ppo", small) == weights("ppo", small) == 2 * one + 2 * other
+    assert weights("d-lora-ppo", small) == one + other
+    # A function takes the place of one model, and a classifier is held in its place.
+    assert weights("lora-ppo", reward_fn="module:function") == 3 * one
+    small.architectures = ["LlamaForSequenceClassification"]
+    head = 4 * 32 * (2 - small.vocab_size)  # two labels in the place of the vocabulary
+    assert weights("lora-ppo", small) == 3 * one + other + head
+    assert weights("hydra-ppo", small) == one + other + head
+
+
+def test_parts_add_up_to_the_peak():
+    config = settings("hydra-ppo", lora_last_k=2)
+    for prompt_length, device in ((4, "cuda"), (64, "cuda"), (64, "cpu")):
+        p = memory.plan(wide("llama"), config, prompt_length=prompt_length, device=device)
+        parts = p.at_peak()
+        assert sum(parts.values()) == p.peak == getattr(p, p.peak_phase)
+        assert all(size >= 0 for size in parts.values())
+        assert parts["gradients"] == (p.gradients if p.peak_phase == "update" else 0)
+        assert p.kept == p.prefix + (p.kv_cache if device == "cuda" else 0)
+
+
 def test_ledger_counts_storages_once():
     ledger = Ledger()
     with ledger:
@@ -347,6 +392,13 @@ def test_command(tmp_path, capsys):
     for word in (*METHODS, "KV cache", "largest batch", "fits"):
         assert word in printed
     assert chart.read_bytes()[:4] == b"\x89PNG"
+    assert "does not fit" not in printed and "Not counted" in printed
+    assert cli.main([*arguments, "--card_gb", "2", "--json", "--chart", str(chart)]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert plans["budget"] == 10**9 and set(plans["methods"]) == set(METHODS)
+    for p in plans["methods"].values():
+        assert p["fits"] and p["largest_batch"] >= p["batch_size"]
+        assert p["peak"] == max(p["rollout"], p["score"], p["update"])
     for bad, message in (
         (["plan", str(tmp_path / "nothing")], "cannot load a configuration"),
         ([*arguments, "--card_gb", "0.5"], "is not above reserve_gb"),
@@ -357,3 +409,19 @@ def test_command(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
     with pytest.raises(UserError, match="method must be one of"):
         memory.plan(CONFIGS["llama"](), settings("grpo"))
+
+
+def test_what_does_not_fit_is_told_what_would():
+    config = settings("lora-ppo", lora_last_k=2, gradient_checkpointing=True)
+    p = memory.plan(wide("llama"), config, prompt_length=64)
+    said = plan_command.way_out(p, config, p.peak - 1, 7)
+    assert f"a batch of {BATCH} takes" in said and "in the rollout phase" in said
+    assert "try a batch of 7, with --gradient-accumulation-steps for more" in said
+    assert "--gradient-checkpointing" not in said and "--lora-last-k" not in said
+    plain = settings("hydra-ppo")
+    said = plan_command.way_out(p, plain, p.peak - 1, 0)
+    assert "--per-device-train-batch-size 1 with" in said
+    assert "--gradient-checkpointing" in said and "--lora-last-k" in said
+    said = plan_command.way_out(p, config, p.static + p.optimizer, 0)
+    assert "alone are 0.0 GB, whatever the batch" in said
+    assert "--dtype bfloat16, hydra-ppo or j-hydra-ppo" in said and "--lora-r below 8" in said
