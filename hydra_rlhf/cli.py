@@ -114,6 +114,11 @@ def parse(
         name = flag.split("=")[0]
         if name.startswith("--") and name not in parser._option_string_actions:
             raise _unknown(command, name, known)
+    try:  # the file's alone, with what is required besides
+        needed = [f"--{action.dest}=1" for action in parser._actions if action.required]
+        parser.parse_known_args([*needed, *from_file])
+    except UserError as error:
+        raise UserError(f"{config_file}: {str(error).removeprefix(f'{command}: ')}") from error
     try:
         parsed = parser.parse_args_into_dataclasses(
             [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
@@ -178,6 +183,8 @@ def _parser(command: str, summary: str, argument_types: Sequence[type]) -> Any:
         def error(self, message: str) -> NoReturn:
             # argparse names both spellings of a flag, --output_dir/--output-dir.
             message = re.sub("--[a-z_]+/--", "--", message)
+            message = message.replace("invalid int value:", "expected a whole number, got")
+            message = message.replace("invalid float value:", "expected a number, got")
             if "arguments are required" in message and command in EXAMPLES:
                 message += f" (example: {PROGRAM} {EXAMPLES[command]})"
             raise UserError(f"{command}: {message}")

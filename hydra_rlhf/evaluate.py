@@ -457,8 +457,18 @@ def resolve_policy(path: str | Path) -> str:
     return str(path)
 
 
+# One of these is in every folder with a tokenizer of transformers'.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spm*", "*.py")
+
+
 def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    if folder.is_dir() and not any(p for form in _TOKENIZER_FILES for p in folder.glob(form)):
+        raise UserError(
+            f"cannot load a tokenizer from {path}: there is none in it; copy the tokenizer's files "
+            "from the model that this one was made from"
+        )
     with hub.loading("a tokenizer", path, KeyError):
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)

@@ -37,6 +37,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
     """
     out = _empty_folder(out)
     adapter = Path(adapter)
+    if (adapter / "config.json").is_file():
+        raise UserError(f"{adapter} is a whole model already: load or copy it as it is")
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} is not a PEFT folder: it has no adapter_config.json")
     try:

@@ -7,7 +7,8 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,19 @@ def call_reward_fn(
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         columns = {k: v for k, v in columns.items() if k in parameters}
     try:
-        scores = list(fn(prompts=prompts, completions=completions, **columns))
-        scores = [float(score) for score in scores]
+        answer = fn(prompts=prompts, completions=completions, **columns)
+        if isinstance(answer, Iterator):  # whose code has yet to run
+            answer = list(answer)
     except Exception as e:
         raise UserError(
-            f"reward function {name} raised {type(e).__name__}: {e}{_first(prompts, completions)}"
+            f"reward function {name} raised {type(e).__name__}: {e}{_line(fn, e)}"
+            f"{_first(prompts, completions)}"
+        ) from e
+    try:
+        scores = [float(score) for score in answer]
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(
+            f"reward function {name} gave {answer!r:.80}, not a list of one number a response ({e})"
         ) from e
     if len(scores) != len(completions):
         raise UserError(
@@ -99,6 +108,17 @@ def call_reward_fn(
                 f"reward function {name} gave {score} for {completion!r:.80} after {prompt!r:.80}"
             )
     return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+def _line(fn: RewardFn, error: Exception) -> str:
+    """The last line of the function's own file that was running; for a wrong call, its form."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # but the call
+    if not frames:
+        return "; it is called with the lists prompts= and completions=, and other columns by name"
+    own = getattr(inspect.unwrap(fn), "__code__", None)
+    inside = [frame for frame in frames if own and frame.filename == own.co_filename]
+    last = (inside or frames)[-1]
+    return f" in {Path(last.filename).name}, line {last.lineno}"
 
 
 def _first(prompts: list[str], completions: list[str]) -> str:

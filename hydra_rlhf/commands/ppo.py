@@ -120,7 +120,7 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
             tracker.say(stopped(result.stopped_by, result.saved))
             raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
-            models.save(run_dir, base_model=config.sft_model_path)
+            save(models, tokenizer, run_dir, config.sft_model_path)
             figures = [line for line in read_metrics(run_dir) if line.get("stage") == "ppo"]
             write_cards(run_dir, config, figures[-1] if figures else {}, given.prompts)
             tracker.plot()
@@ -132,6 +132,13 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
             tracker.say("All steps were done before: a larger --max-steps goes on")
         tracker.say(f"Adapters and heads: {run_dir}")
     return result
+
+
+def save(models: MethodModels, tokenizer: Any, folder: Path, base_model: str) -> None:
+    """``models.save``; a policy that is a whole model, as of method ppo, gets its tokenizer."""
+    models.save(folder, base_model=base_model)
+    if not models.actor.adapters:
+        tokenizer.save_pretrained(folder / "actor")
 
 
 def train(

@@ -122,14 +122,21 @@ def test_yaml_numbers_are_numbers(tmp_path):
         ("gama: 1", "unknown setting 'gama' (did you mean gamma?)"),
         ("gamma: [", "line 1: not YAML"),
         ("- 1", "expected settings"),
-        ("gamma: x", "invalid float value"),
+        ("gamma: x", "argument --gamma: expected a number, got 'x'"),
         ("gamma: {a: {b: 1}}", "unknown setting"),
         ("objective: best", "invalid choice"),
     ],
 )
 def test_a_bad_config_file(tmp_path, text, message, capsys):
     (tmp_path / "c.yaml").write_text(text)
-    assert message in fails(capsys, "sft", "--config", tmp_path / "c.yaml")
+    line = fails(capsys, "sft", "--config", tmp_path / "c.yaml")
+    assert message in line and "c.yaml" in line
+
+
+def test_a_bad_flag_is_not_the_config_files(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("gamma: 1\n")
+    line = fails(capsys, "sft", "--config", tmp_path / "c.yaml", "--gamma", "x")
+    assert line.startswith("hydra-rlhf: error: sft: argument --gamma: expected a number, got 'x'")
 
 
 def test_bad_flags(capsys, tmp_path):
@@ -137,7 +144,7 @@ def test_bad_flags(capsys, tmp_path):
     assert "required: " in fails(capsys, "sft")
     assert "did you mean demo?" in fails(capsys, "dmeo")
     assert "did you mean --seed?" in fails(capsys, "demo", "--sed=1")
-    assert "invalid int value: 'x'" in fails(capsys, "demo", "--seed", "x")
+    assert "expected a whole number, got 'x'" in fails(capsys, "demo", "--seed", "x")
 
 
 def test_a_mistyped_flag_is_named_before_the_one_that_is_missing_for_it(capsys):

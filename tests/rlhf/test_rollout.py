@@ -228,10 +228,24 @@ def test_a_reward_function_in_a_file_elsewhere(tmp_path, monkeypatch):
         (lambda: [1.0], "<lambda> gave 1 scores for 2 responses .*first is 'c' after 'a'"),
         (lambda: [1.0] * 3, "gave 3 scores for 2 responses .*first is 'c' after 'a'"),
         (lambda: 1 / 0, "raised ZeroDivisionError: division by zero .*first is 'c' after 'a'"),
-        (lambda: ["high"] * 2, "raised ValueError: could not convert .*first is 'c' after 'a'"),
+        (lambda: ["high"] * 2, r"gave \['high', 'high'\], not a list of .* \(could not convert"),
+        (lambda: [None] * 2, r"gave \[None, None\], not a list of one number a response"),
+        (lambda: 0.5, "gave 0.5, not a list of one number a response"),
+        (lambda: (1 / 0 for _ in "ab"), "raised ZeroDivisionError: .*first is 'c' after 'a'"),
         (lambda: [0.0, math.nan], "gave nan for 'd' after 'b'"),
     ],
 )
 def test_what_a_reward_function_did_wrong_is_named_with_the_sample(scores, message):
     with pytest.raises(UserError, match=message):
         call_reward_fn(lambda **_: scores(), ["a", "b"], ["c", "d"], {}, CPU)
+
+
+def test_where_a_reward_function_raised_and_how_it_is_called(tmp_path, monkeypatch):
+    text = "import json\n\n\ndef f(prompts, completions):\n    return json.loads('{')\n"
+    (tmp_path / "reward_that_raises.py").write_text(text)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    raises = load_reward_fn(f"{tmp_path}/reward_that_raises.py:f")
+    with pytest.raises(UserError, match=r"JSONDecodeError: .* in reward_that_raises.py, line 5 \("):
+        call_reward_fn(raises, ["a"], ["b"], {}, CPU)
+    with pytest.raises(UserError, match="TypeError: .*; it is called with the lists prompts= and"):
+        call_reward_fn(lambda samples: [1.0], ["a"], ["b"], {}, CPU)
