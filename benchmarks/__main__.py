@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, tables
+from benchmarks import harness, measure, tables
 
 
 def _positive(kind: type) -> Callable[[str], float]:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         p.error(str(error))
     if args.device == "cuda" and not (torch.cuda.is_available() or args.show or args.list):
-        p.error("--device cuda: torch sees no CUDA device")
+        p.error(f"--device cuda: torch sees no CUDA device: {_why_no_cuda()}")
     known = _known()
     if unknown := [op for op in args.op if op not in known]:
         p.error(f"no benchmark of {', '.join(unknown)} (known: {', '.join(sorted(known))})")
@@ -140,6 +140,14 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
     finally:
         signal.signal(signal.SIGTERM, before)
     return records, 0
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no driver, one that is too old, a torch without CUDA
+        return measure.reason(error)
+    return "no reason given"
 
 
 def _known() -> dict[str, list]:

@@ -156,12 +156,19 @@ def read(path: Path) -> list[Record]:
     """Raises ValueError, with the line's number, where a line is no record."""
     known = {f.name for f in fields(Record)}
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of benchmark records ({error})") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            records.append(Record(**{k: v for k, v in row.items() if k in known}))
+            record = Record(**{k: v for k, v in row.items() if k in known})
+            if not isinstance(record.shape, dict):
+                raise ValueError(f"shape is {record.shape!r}")
+            records.append(record)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a benchmark record ({error})") from None
     return records

@@ -147,6 +147,8 @@ def _verdict(a: Record | None, b: Record | None) -> str:
         return f"{a.status} -> {b.status}"
     if a.ms is None or b.ms is None:
         return a.status
+    if None in (a.ms_p20, a.ms_p80, b.ms_p20, b.ms_p80):
+        return "no spread"  # written by hand, or by something else
     assert a.ms_p20 is not None and a.ms_p80 is not None
     assert b.ms_p20 is not None and b.ms_p80 is not None
     if b.ms_p20 > a.ms_p80:

@@ -334,6 +334,50 @@ def test_bad_arguments_are_one_line(args, said, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "old.jsonl: not a file of benchmark records ("),
+        (b'{"op": 1}\n', "old.jsonl:1: not a benchmark record ("),
+        (
+            b'{"op": "a", "mode": "", "backend": "b", "shape": 5, "dtype": ""}',
+            "old.jsonl:1: not a benchmark record (shape is 5)",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_records_is_named(content, said, tmp_path, capsys):
+    (tmp_path / "old.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--compare", str(tmp_path / "old.jsonl")])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_time_without_its_spread_has_not_moved():
+    """As a record may lack it that something else has written."""
+    bare = Record("toy", "fwd", "cpu", {"N": 4}, "float32", ms=1.0)
+    slow = replace(bare, ms=9.0, ms_p20=8.0, ms_p80=10.0)
+    (row,) = tables.compare([bare], [slow])
+    assert row["verdict"] == "no spread" and row["ratio"] == 9.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_why_there_is_no_gpu_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--device cuda: torch sees no CUDA device: " in said and "Error: " in said
+
+
+def test_what_this_torch_does_not_have_is_absent_and_no_failure(monkeypatch):
+    """torch 2.11 has no linear_cross_entropy."""
+    bench = harness.load("bench_linear_logprob")[0]
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    inputs = bench.inputs(harness.tiny(bench, "cpu"), torch.float32, "cpu")
+    row = bench.calls(inputs, "fwd")["linear_cross_entropy (logprob only)"]
+    assert isinstance(row, Absent) and row.why.endswith("has no linear_cross_entropy")
+
+
 def test_a_wrong_row_is_the_commands_failure(monkeypatch, capsys):
     monkeypatch.setattr(harness, "names", lambda: ["bench_toy"])
     monkeypatch.setattr(harness, "load", lambda name: [toy({"wrong": lambda x: x})])

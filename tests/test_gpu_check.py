@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests import conftest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "gpu_check"
@@ -386,6 +389,26 @@ def test_counts_of_a_run_that_was_cut_short(check, tmp_path):
     assert "0 passed, 1 failed, 0 skipped, 6 not reached" in said
     assert "    a: left something" in said and "running when stopped: c" in said
     assert "wrong: gae fwd cuda bfloat16 M=8: output 0 differs" in said
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "device", "expected"),
+    [
+        ("tests/ops/test_gae.py", {"backend": "triton"}, None, True),
+        ("tests/ops/test_gae.py", {"backend": "cuda"}, None, True),
+        ("tests/ops/test_gae.py", {"backend": "cpu"}, None, False),
+        ("tests/ops/test_gae.py", None, None, False),
+        ("tests/ops/test_lora_linear_triton.py", None, "cuda", True),
+        ("tests/ops/test_lora_linear_triton.py", None, "cpu", False),
+        # named "cuda", run on the CPU by the emulator
+        ("tests/cuda_on_cpu/test_ops.py", {"backend": "cuda"}, None, False),
+    ],
+)
+def test_what_runs_on_a_gpu_where_there_is_one(path, params, device, expected):
+    item = SimpleNamespace(path=Path(path), module=SimpleNamespace(DEVICE=device))
+    if params is not None:
+        item.callspec = SimpleNamespace(params=params)
+    assert conftest.runs_on_a_gpu(item) is expected
 
 
 def test_the_copy_follows_the_tree(check, tmp_path):
