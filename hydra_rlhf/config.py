@@ -378,7 +378,15 @@ class PPOConfig(LoraSettings):
         for name in ("gamma", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("kl_coef", "vf_coef", "weight_decay", "critic_warmup_steps", "warmup_steps"):
+        for name in (
+            "kl_coef",
+            "vf_coef",
+            "weight_decay",
+            "critic_warmup_steps",
+            "warmup_steps",
+            "top_k",
+            "min_response_length",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.detach_values and self.method != "j-hydra-ppo":

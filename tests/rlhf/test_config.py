@@ -60,6 +60,8 @@ def test_schedules_by_hand(kind, expected):
     [
         ({"method": "grpo"}, "method must be one of"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"top_k": -1}, "top_k must not be negative, got -1"),
+        ({"min_response_length": -2}, "min_response_length must not be negative, got -2"),
         ({"cliprange": 1.0}, "cliprange must be in"),
         ({"response_length": 0}, "response_length must be at least 1"),
         ({"response_length": 64}, "leaves no room for a prompt"),

@@ -122,24 +122,32 @@ def test_one_engine_obeys_the_settings_of_each_call():
     model = make_model("llama", ("joint",), trained=True, layers_to_transform=[2])
     engine = RolloutEngine(model)
     ids, mask = prompts(3)
-    for sampling, given in [
+    calls = [
         (GREEDY, (ids, mask)),
         (GREEDY._replace(stop_ids=MANY_STOPS), (ids, mask)),
         (SAMPLED, (ids, mask)),
         (SAMPLED._replace(temperature=0.3), (ids, mask)),
         (SAMPLED._replace(top_k=2), (ids, mask)),
         (SAMPLED._replace(min_response_length=4, stop_ids=MANY_STOPS), (ids, mask)),
+        (SAMPLED, (ids, mask)),
         (SAMPLED, (ids[:2], mask[:2])),
         (SAMPLED, pad_left(PROMPTS[3:5], PAD)),
-    ]:
-        for values, keep_prefix in ((False, False), (True, False), (True, True)):
+        (GREEDY, (ids, mask)),  # after which the next round asks for more of the same
+    ]
+    wanted = []
+    for sampling, given in calls:
+        options = dict(seeds=range(len(given[0])), values=True, keep_prefix=True)
+        wanted.append(RolloutEngine(model).generate(*given, sampling, **options))
+    for values, keep_prefix in ((False, False), (True, False), (True, True)):
+        for (sampling, given), fresh in zip(calls, wanted, strict=True):
             options = dict(seeds=range(len(given[0])), values=values, keep_prefix=keep_prefix)
             out = engine.generate(*given, sampling, **options)
-            fresh = RolloutEngine(model).generate(*given, sampling, **options)
             assert torch.equal(out.tokens, fresh.tokens)
             torch.testing.assert_close(out.logprobs, fresh.logprobs, rtol=0, atol=1e-6)
             assert (out.values is not None) == values
             assert (out.prefix is not None) == keep_prefix
+            if values:
+                torch.testing.assert_close(out.values, fresh.values, rtol=0, atol=1e-6)
 
 
 def test_as_wide_as_the_longest_response():
