@@ -13,10 +13,10 @@ from hydra_rlhf.decodable import Unsupported, check_config
 from hydra_rlhf.decode_state import Prefill
 from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.engines import GenerateEngine
-from hydra_rlhf.model import HydraModel
+from hydra_rlhf.model import HydraModel, default_lora_config
 from hydra_rlhf.replayed import fingerprint
 from hydra_rlhf.rollout import generate, pad_left
-from tests.rlhf.families import _GATED, EOS, PAD, VOCAB, make_model
+from tests.rlhf.families import _GATED, EOS, PAD, VOCAB, make_lm, make_model, train_by_chance
 from tests.rlhf.test_engine import GREEDY, PROMPTS, prompts
 
 SAMPLED = GREEDY._replace(do_sample=True)
@@ -79,6 +79,30 @@ def test_a_window_that_is_configured_and_not_used():
     assert config.sliding_window == 0
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     check_equal(HydraModel(lm), GREEDY._replace(response_length=5), prompts(3), {})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
+        ("phi", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_log_probabilities_are_those_of_scoring(family, changes):
+    """Of logits that are capped, scaled or have a bias: below 1e-4 is promised in float32."""
+    lm = make_lm(family, **changes)
+    lora = default_lora_config(lm, r=4, lora_alpha=8)
+    model = HydraModel(lm, adapters=("actor", "critic"), lora_config=lora)
+    train_by_chance(model)
+    sampling = SAMPLED._replace(temperature=0.7, stop_ids=(EOS,))
+    out = RolloutEngine(model)(model, *prompts(), sampling, with_logprobs=True, seeds=range(7))
+    sequences = out.query_responses, out.attention_mask, out.response_mask
+    with torch.no_grad():
+        scored = model.score(*sequences, roles=("actor",), temperature=0.7).logprobs
+    assert (out.logprobs - scored).abs().max() < 2e-5 and scored.min() < -1.0
 
 
 @pytest.mark.parametrize(
