@@ -11,6 +11,7 @@ import torch
 from hydra_kernels.backends import launch, lora_plan
 from hydra_kernels.backends.cuda import device as cuda_device
 from hydra_kernels.backends.cuda import lora_linear as decode
+from hydra_kernels.ops.lora_linear import draw_seed
 
 
 class On:
@@ -221,6 +222,12 @@ def test_a_table_is_filled_on_its_device(cuda, values, monkeypatch):
     monkeypatch.setattr(torch, "tensor", None)  # whose copy from the host waits
     there = launch.table(values, dtype, torch.device("cuda", 0))
     assert there.tolist() == values and there.dtype == dtype
+
+
+def test_an_int_for_a_seed_is_written_by_the_device(cuda, monkeypatch):
+    monkeypatch.setattr(torch, "tensor", None)  # whose copy from the host waits
+    seed = draw_seed(2**62 + 1, torch.device("cuda", 0))
+    assert seed.tolist() == [2**62 + 1, 0] and seed.dtype == torch.int64
 
 
 def test_what_a_gpu_is_asked_is_a_constant_to_compilers(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import recording, registry
+from hydra_kernels.backends import launch, recording, registry
 from hydra_kernels.backends.lora_plan import Plan
 from hydra_kernels.backends.reference import lora_linear as reference
 from hydra_kernels.ops.lora_passes import run, run_eager
@@ -505,7 +505,7 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (2,), device=device)
     if isinstance(seed, int):
-        return torch.tensor((seed, 0), device=device)
+        return launch.table((seed, 0), torch.int64, device)
     if seed.dtype != torch.int64 or seed.numel() not in (1, 2) or seed.device != device:
         raise ValueError(
             f"{_OP}: seed must hold one or two int64 on {device}, "
