@@ -35,7 +35,7 @@ from hydra_rlhf.decode_state import (
 )
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
-from hydra_rlhf.replayed import fingerprint, recorded
+from hydra_rlhf.replayed import casting_anew, fingerprint, recorded
 from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, check_sampling, generate
 from hydra_rlhf.token_choice import Chosen, choose, write
 
@@ -362,14 +362,15 @@ class RolloutEngine(Engine):
                 self._pool = torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._token(state, seen, sampling)
-            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Of this thread alone: a data loader that pins memory meanwhile is nobody's error.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._token(state, seen, sampling)
+            with casting_anew():
+                with torch.cuda.stream(side):
+                    for _ in range(2):
+                        self._token(state, seen, sampling)
+                torch.cuda.current_stream().wait_stream(side)
+                # Of this thread alone: a data loader that pins memory meanwhile is nobody's error.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    self._token(state, seen, sampling)
         for name, buffer in state.changing().items():
             buffer.copy_(kept[name])
         state.cache.slot.copy_(slot)

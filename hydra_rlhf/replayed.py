@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,3 +52,15 @@ def fingerprint(model: HydraModel) -> int:
         yield model.config._attn_implementation
 
     return hash(tuple(parts()))
+
+
+@contextlib.contextmanager
+def casting_anew() -> Iterator[None]:
+    """Autocast keeps no copy of a trained weight: a graph would read the copy of the day it was
+    captured, where by then anything may lie, and not the weight."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)

@@ -162,6 +162,22 @@ def test_under_autocast_padding_stays_finite():
     assert out.logprobs.isfinite().all()
 
 
+def test_under_autocast_graphs_obey_trained_weights():
+    """Autocast keeps copies of them for as long as it lasts, which a graph must not read."""
+    model = make_model("llama", ()).to("cuda").requires_grad_()
+    ids, mask = gpu_prompts()
+    captured, called = (RolloutEngine(model, bucket=16, graph=g, keep=10**9) for g in (True, False))
+    for _ in range(3):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            outs = [engine.generate(ids, mask, GREEDY) for engine in (captured, called)]
+        fill_free_memory()
+        torch.testing.assert_close(outs[0].logprobs[:, 0], outs[1].logprobs[:, 0], rtol=0, atol=0.1)
+        assert (outs[0].tokens == outs[1].tokens).float().mean() > 0.9
+        with torch.no_grad():
+            for parameter in model.base.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
 def test_runs_where_the_model_is():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs a machine with two GPUs: one current, one with the model")

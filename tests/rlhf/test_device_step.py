@@ -4,7 +4,9 @@ On torch's meta device a step that looks at a value fails, and every tensor of a
 that a GPU would wait for. The graphs' bookkeeping runs on the CPU, with a step in place of each.
 """
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +213,20 @@ def test_every_position_of_a_prompt_sees_one_and_tokens_see_no_padding():
             assert seen.any(-1).all()
             assert not seen[0, 3:, :3].any() and seen[0, 5, 4:].all()
             assert not seen.triu(1).any()
+
+
+def test_a_capture_reads_weights_and_not_autocast_s_copies_of_them(monkeypatch):
+    """Those of trained weights go when autocast ends: a graph that reads them obeys nobody."""
+    engine = prepared("llama", PLAIN)
+    cached = []
+    monkeypatch.setattr(
+        engine, "_token", lambda *_: cached.append(torch.is_autocast_cache_enabled())
+    )
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    for name in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine._capture(engine._state, 16, PLAIN)
+        assert cached == [False] * 3 and torch.is_autocast_cache_enabled()
