@@ -162,7 +162,7 @@ def flops(trunk: Any, first: int, last: int, batch: int, length: int) -> int:
     """Floating-point operations of blocks ``first`` to ``last - 1`` in one forward pass.
 
     Two for each weight of a matrix and token, and 4 L D a token for attention's two products,
-    without the factor 1/2 that a causal kernel may save.
+    without the factor 1/2 that a causal kernel may save. Of experts those that a token is sent to.
     """
     total = 0
     config = trunk.config.get_text_config()
@@ -172,12 +172,26 @@ def flops(trunk: Any, first: int, last: int, batch: int, length: int) -> int:
         width = head_dim * config.num_attention_heads
     for block in blocks(trunk)[first:last]:
         weights = sum(
-            p.numel()
+            _multiplied(name, p, config)
             for name, p in block.named_parameters()
-            if p.dim() == 2 and "lora_" not in name
+            if "lora_" not in name
         )
         total += batch * length * (2 * weights + 4 * length * width)
     return total
+
+
+def _multiplied(name: str, parameter: Tensor, config: Any) -> int:
+    """How many of a parameter's numbers a token is multiplied by."""
+    if parameter.dim() < 2 or name.endswith("bias"):
+        return 0
+    used = getattr(config, "num_experts_per_tok", None)
+    if ".experts." not in name or used is None:
+        return parameter.numel()
+    if parameter.dim() == 3:  # all experts in one
+        return parameter.numel() * used // parameter.shape[0]
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts"))
+    count = next((c for c in (*counts, getattr(config, "n_routed_experts", None)) if c), used)
+    return parameter.numel() * used // count
 
 
 def live_width(trunk: Any) -> int:
