@@ -1,7 +1,8 @@
 """Builds the extension hydra_kernels._C with CMake and ninja. Everything else is in pyproject.toml.
 
 HYDRA_BUILD
-    auto (default): CPU kernels, and CUDA kernels where a CUDA compiler is found.
+    auto (default): CPU kernels, and CUDA kernels where a CUDA compiler is found. Without a C++
+    compiler as none, and says so.
     cpu: CPU kernels only. cuda: both, and an error without a CUDA compiler.
     none: no extension; the reference and Triton backends remain.
 HYDRA_CUDA_ARCHS
@@ -46,6 +47,17 @@ def find_nvcc() -> str | None:
             raise SystemExit(f"CUDACXX, CUDA_HOME or CUDA_PATH names {candidate}: no such compiler")
         return found
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler that CMake will take, or None."""
+    asked = os.environ.get("CXX", "").split()
+    if not asked:
+        return next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "icpx"))), None)
+    found = shutil.which(asked[0])
+    if found is None:
+        raise SystemExit(f"CXX names {asked[0]}: no such compiler")
+    return found
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -162,7 +174,17 @@ class CMakeBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    if build_mode() != "none":
+    mode = build_mode()
+    if mode != "none" and find_cxx() is None:
+        if mode != "auto":
+            raise SystemExit(f"HYDRA_BUILD={mode}: no C++ compiler in CXX or PATH")
+        print(
+            "hydra_kernels: no C++ compiler in CXX or PATH, so the kernels in C++ are left out and "
+            "PyTorch and Triton run in their place. With a compiler (g++ or clang), install again.",
+            flush=True,
+        )
+        return []
+    if mode != "none":
         return [Extension("hydra_kernels._C", sources=[])]
     if {"editable_wheel", "develop", "--inplace"} & set(sys.argv):
         # One left here by an earlier build would be imported all the same.

@@ -182,6 +182,28 @@ def test_nvcc_is_found_by_variable_before_path(setup_py, fake_bin, tmp_path, mon
         setup_py.find_nvcc()
 
 
+def test_without_a_cpp_compiler_the_extension_is_left_out_and_that_is_said(
+    setup_py, fake_bin, monkeypatch, capsys
+):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("HYDRA_BUILD", "auto")  # PATH is an empty folder
+    assert setup_py.extensions() == []
+    assert "no C++ compiler in CXX or PATH" in capsys.readouterr().out
+    for mode in ("cpu", "cuda"):
+        monkeypatch.setenv("HYDRA_BUILD", mode)
+        with pytest.raises(SystemExit, match=f"HYDRA_BUILD={mode}: no C.. compiler in CXX or PATH"):
+            setup_py.extensions()
+    monkeypatch.setenv("HYDRA_BUILD", "none")
+    assert setup_py.extensions() == [] and capsys.readouterr().out == ""
+    monkeypatch.setenv("HYDRA_BUILD", "auto")
+    monkeypatch.setenv("CXX", "/nowhere/clang++ -stdlib=libc++")
+    with pytest.raises(SystemExit, match=re.escape("CXX names /nowhere/clang++: no such compiler")):
+        setup_py.extensions()
+    monkeypatch.delenv("CXX")
+    fake_bin("clang++", "")
+    assert len(setup_py.extensions()) == 1 and capsys.readouterr().out == ""
+
+
 KNOWN = "compute_80\\ncompute_86\\ncompute_89\\ncompute_90\\ncompute_100\\n"
 
 

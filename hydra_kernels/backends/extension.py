@@ -44,7 +44,10 @@ def share_openmp() -> None:
 
 def _load() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("hydra_kernels._C") is None:
-        return None, "the compiled extension is not part of this install (HYDRA_BUILD=none)"
+        return None, (
+            "the compiled extension is not part of this install (HYDRA_BUILD=none, or no C++ "
+            "compiler when it was installed)"
+        )
     share_openmp()
     try:
         return importlib.import_module("hydra_kernels._C"), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from hydra_rlhf.records import check_run_dir, open_run_dir
 from hydra_rlhf.rollout import encode_prompts
 from hydra_rlhf.settings import required, setting
 
+_log = logging.getLogger("hydra_rlhf")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("linear_logprob", "lora_linear", "ppo_loss", "kl_rewards", "gae", "masked_whiten")
 
@@ -93,6 +95,7 @@ def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
     if name == "auto":
         name = os.environ.get("HYDRA_BACKEND", "")
         if not name:
+            _say_what_is_missing()
             return
     if name not in BACKENDS:
         raise UserError(f"no kernel backend {name!r} (known: {', '.join(BACKENDS)})")
@@ -104,6 +107,16 @@ def choose_backend(name: str, ops: tuple[str, ...] = OPS) -> None:
                 f"(can: {', '.join(every[op])})"
             )
     os.environ["HYDRA_BACKEND"] = name
+
+
+def _say_what_is_missing() -> None:
+    found = hydra_kernels.available_backends("linear_logprob")
+    if tuple(found) == ("reference",):
+        _log.warning(
+            "no kernels but the PyTorch reference run here, which is slower and takes more memory: "
+            "%s",
+            found.why_not["cpu"],
+        )
 
 
 def limits(
