@@ -57,7 +57,8 @@ def test_dry_run_of_every_part(tmp_path, check):
     after = {p: (repo / p).stat().st_mtime_ns for p in files_below(repo) if p.parts[0] != "build"}
     assert after == before
     files = files_below(out)
-    assert {str(p) for p in files} == set(check.report.FILES) and len(files) <= 8
+    due = {name for names in check.report.OF_PART.values() for name in names}
+    assert {str(p) for p in files} == due | set(check.report.SUMMARY) and len(files) <= 8
     assert max((out / p).stat().st_size for p in files) < 16 * 2**20
 
     summary = json.loads((out / "gpu_check.json").read_text())
@@ -231,6 +232,16 @@ def test_only_one_part_and_what_an_earlier_run_left_is_not_taken_for_its_own(dri
     assert code == 0
     assert [p["name"] for p in summary["parts"]] == ["ops"]
     assert (out / "bench.log").read_text() == "second\n"
+
+
+def test_one_part_leaves_what_the_others_have_measured(driver):
+    """But does not take it for its own."""
+    measures = "import pathlib, sys\npathlib.Path(sys.argv[1], '%s.jsonl').write_text('kept')\n"
+    driver({"ops": measures % "ops", "ppo": measures % "ppo", "sanitizer": "print('not run: x')"})
+    _, summary, out = driver({"tests": "", "ppo": ""}, "--only", "tests", "--only", "ppo")
+    assert (out / "ops.jsonl").read_text() == "kept" and not (out / "ppo.jsonl").exists()
+    assert (out / "sanitizer.log").exists() and summary["sanitizer"] is None
+    assert summary["ops"] == [] and summary["tests"] == {}
 
 
 def test_the_limits_add_up_to_less_than_nine_minutes(check):

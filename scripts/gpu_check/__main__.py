@@ -31,9 +31,6 @@ BUILD = ROOT / "build" / "gpu_check"
 TOTAL = 9 * 60 - 10  # seconds, of which no part may use more than is left; 10 are for the summary
 #: 8 minutes 40 in all, stopping included.
 LIMITS = {"build": 100, "tests": 130, "sanitizer": 40, "ops": 150, "ppo": 100}
-#: Eight files in all, so two parts share one.
-LOGS = {"build": "build.log", "tests": "tests.log", "sanitizer": "sanitizer.log",
-        "ops": "bench.log", "ppo": "bench.log"}  # fmt: skip
 DRY_LIMIT = 240
 GRACE = 8  # seconds between asking a part to stop, so that it writes what it has, and ending it
 ENDING = 2  # seconds for a killed process to be gone; one that hangs in the driver may stay
@@ -66,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in report.FILES:
+        for name in {*report.SUMMARY, *(f for p in args.only or LIMITS for f in report.OF_PART[p])}:
             (out / name).unlink(missing_ok=True)
         copy = BUILD / "tree"
         tree.copy(ROOT, copy, skip=[out])
@@ -137,7 +134,7 @@ def run(name: str, limit: float, out: Path, copy: Path, env: dict[str, str], dry
         command.append("--dry-run")
     started = time.monotonic()
     mark = f"{os.getpid()}-{name}"
-    log = out / LOGS[name]
+    log = out / report.OF_PART[name][0]
     with log.open("ab") as file:
         before = file.tell()
         process = subprocess.Popen(

@@ -8,11 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-#: All that is written to OUT: few and small, so that they can be carried off as they are.
-FILES = (
-    "gpu_check.json", "gpu_check.csv", "ops.jsonl", "ppo.jsonl",
-    "build.log", "tests.log", "sanitizer.log", "bench.log",
-)  # fmt: skip
+SUMMARY = ("gpu_check.json", "gpu_check.csv")
+#: What each part writes to OUT, its log first; a part that is run again replaces its own. Eight
+#: files in all, few and small, so that they can be carried off as they are: two parts share a log.
+OF_PART = {
+    "build": ("build.log",),
+    "tests": ("tests.log",),
+    "sanitizer": ("sanitizer.log",),
+    "ops": ("bench.log", "ops.jsonl"),
+    "ppo": ("bench.log", "ppo.jsonl"),
+}
 OURS = ("cuda", "triton", "cpu", "reference")
 OP_COLUMNS = ("op", "mode", "shape", "dtype", "ours", "ours ms", "best peer", "peer ms",
               "ceiling ms", "share")  # fmt: skip
@@ -150,11 +155,14 @@ def test_counts(path: Path) -> dict[str, Any]:
 def collect(
     out: Path, parts: list[dict[str, Any]], tests: Path, commit: str, dry_run: bool
 ) -> dict[str, Any]:
-    ops, methods = read_records(out / "ops.jsonl"), read_records(out / "ppo.jsonl")
+    """Of the parts that were run: OUT may hold what others have left there before."""
+    names = {part["name"] for part in parts}
+    ops = read_records(out / "ops.jsonl") if "ops" in names else []
+    methods = read_records(out / "ppo.jsonl") if "ppo" in names else []
     some = next(iter(ops + methods), {})
     sanitizer = out / "sanitizer.log"
     not_run = [line for line in sanitizer.read_text(errors="replace").splitlines()
-               if line.startswith("not run")] if sanitizer.exists() else []  # fmt: skip
+               if line.startswith("not run")] if "sanitizer" in names else []  # fmt: skip
     return {
         "dry_run": dry_run,
         "commit": commit,
@@ -162,7 +170,7 @@ def collect(
         "date": some.get("date"),
         "versions": some.get("versions"),
         "parts": parts,
-        "tests": test_counts(tests) if "tests" in {part["name"] for part in parts} else {},
+        "tests": test_counts(tests) if "tests" in names else {},
         "sanitizer": not_run[0] if not_run else None,
         "ceilings": {f"{mode} {dtype}": v for (mode, dtype), v in ceilings(ops).items()},
         "ops": op_rows(ops),
