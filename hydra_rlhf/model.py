@@ -381,7 +381,8 @@ class HydraModel(nn.Module):
         if "reward" in hidden:
             last = last_token(response_mask) + input_ids.shape[1] - tokens  # (B,)
             rows = torch.arange(last.shape[0], device=last.device)
-            out = out._replace(scores=self._head("reward", hidden["reward"][rows, last]))
+            at_last = hidden["reward"][rows, last].detach()  # of a pass that may be the actor's too
+            out = out._replace(scores=self._head("reward", at_last))
         return out
 
     # DDP and its kin run forward, so the differentiable work is there.

@@ -101,6 +101,14 @@ def test_only_what_is_trained_is_summed(two, method):
             assert min(large) == total
 
 
+def test_generators_are_each_processs_own_and_weights_the_firsts(two):
+    (first, given), (other, taken) = (
+        json.loads((two / f"drawn-{index}.json").read_text()) for index in range(2)
+    )
+    assert first[0] != other[0] and first[1] != other[1]
+    assert given == taken == [0.0, 0.0, 0.0]
+
+
 def test_resume_from_one_process_to_two(two):
     """And from the checkpoint of two to one."""
     whole, trained = run("hydra-ppo", 1, max_steps=3)

@@ -28,9 +28,15 @@ def test_generation_is_of_the_role_that_is_asked_for():
     assert not torch.equal(model.generate(ids, **sampling), plain)
 
 
-def test_reference_and_reward_are_constants():
-    out = make_model("llama", trained=True).score(*batch(), roles=ROLES)
+@pytest.mark.parametrize("adapters", [("actor", "critic"), ()], ids=["adapters", "in full"])
+def test_reference_and_reward_are_constants(adapters):
+    model = make_model("llama", adapters, trained=True)
+    out = model.score(*batch(), roles=ROLES)
     assert out.logprobs.requires_grad and out.values.requires_grad
+    assert not out.ref_logprobs.requires_grad and not out.scores.requires_grad
+    roles = ("critic", "reference", "reward")
+    out = model.score(*batch(), roles=roles, batched=True)
+    assert out.values.requires_grad
     assert not out.ref_logprobs.requires_grad and not out.scores.requires_grad
 
 

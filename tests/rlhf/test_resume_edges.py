@@ -1,15 +1,18 @@
 """Runs that go on with more steps, fewer, other data, or after something went wrong."""
 
 import json
+import random
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hydra_rlhf import checkpoint, ppo, sft, sft_resume
+from hydra_rlhf import checkpoint, ppo, processes, resume, schedule, sft, sft_resume
+from hydra_rlhf.checkpoint import CheckpointStore
 from hydra_rlhf.commands.inputs import stopped
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.pairs import encode_pairs
@@ -152,3 +155,35 @@ def test_the_scale_of_fp16_losses_goes_on(tmp_path):
     assert first["scale"] == 2.0**11 and first["_growth_tracker"] == 1
     assert run(True, 3) == first
     assert run(True, 4)["scale"] == 2.0**12
+
+
+def test_generators_go_back_to_the_process_they_were_of(caplog):
+    states = []
+    for seed in (1, 2):
+        schedule.seed_everything(seed)
+        states.append(checkpoint.rng_state())
+        expected = random.random(), np.random.rand(), float(torch.rand(()))
+    resume.put_back_rng(SimpleNamespace(index=1), states)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == expected
+    assert not caplog.records
+    resume.put_back_rng(SimpleNamespace(index=2), states)
+    assert "process 2 was not there before" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_signal_to_another_process_stops_this_one_too(stage, tmp_path, monkeypatch):
+    flags = []
+    monkeypatch.setattr(
+        processes.Processes, "any", lambda self, flag: flags.append(flag) or len(flags) == 2
+    )
+    found = {"sft": of_sft.run, "ppo": of_ppo.run}[stage](tmp_path)
+    result = found[1] if stage == "sft" else found
+    assert flags == [False, False] and result.stopped_by is signal.SIGTERM and result.saved
+    assert CheckpointStore(tmp_path / "checkpoints").latest().step == 2
+
+
+@pytest.mark.parametrize(("asked", "expected"), [([0, 1], True), ([1, 0], True), ([0, 0], False)])
+def test_what_is_true_of_any_process_is_true_of_all(asked, expected):
+    for flag in asked:
+        told = SimpleNamespace(count=2, device="cpu", sum=lambda own: own * 0 + sum(asked))
+        assert processes.Processes.any(told, bool(flag)) is expected

@@ -6,6 +6,7 @@ As a program, started in each of two processes: every run, with the weights whol
 import contextlib
 import json
 import logging
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -105,6 +106,10 @@ def worker(folder):
         with sums() as summed[name]:
             keep(name, *run(name, 2, f"{folder}/{name}"))
     Path(f"{folder}/summed-{index}.json").write_text(json.dumps(summed))
+    given = torch.full((3,), float(index))
+    drawn = random.random(), float(torch.rand(()))
+    Processes(Accelerator(cpu=True)).broadcast([given])
+    Path(f"{folder}/drawn-{index}.json").write_text(json.dumps([drawn, given.tolist()]))
     keep("resumed", *run("hydra-ppo", 2, f"{folder}/one", resume=True, max_steps=3))
     for name in SFT_RUNS:
         run_sft(name, folder, f"{folder}/sft-{name}")
