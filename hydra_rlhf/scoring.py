@@ -89,6 +89,6 @@ def of_logprobs(
             kl=lp.kl if kl else ABSENT,
         )
     elif "reference" in states:
-        lp = lm_head.logprob(states["reference"].detach(), targets, temperature=temperature)
-        out = out._replace(ref_logprobs=lp.logprobs)
+        lp = lm_head.logprob(states["reference"], targets, temperature=temperature)
+        out = out._replace(ref_logprobs=lp.logprobs.detach())
     return out

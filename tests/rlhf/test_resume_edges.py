@@ -157,6 +157,13 @@ def test_the_scale_of_fp16_losses_goes_on(tmp_path):
     assert run(True, 4)["scale"] == 2.0**12
 
 
+def test_another_precision_is_refused(tmp_path, monkeypatch):
+    of_sft.run(tmp_path, max_steps=1, save_steps=1)
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "bf16"))
+    with pytest.raises(UserError, match="mixed_precision was 'no' and is 'bf16'"):
+        of_sft.run(tmp_path, max_steps=2, resume=True)
+
+
 def test_generators_go_back_to_the_process_they_were_of(caplog):
     states = []
     for seed in (1, 2):
