@@ -34,6 +34,7 @@ def written(*index):
 ZERO, ONE = torch.tensor([0]), torch.tensor([0, 1])
 TABLE = torch.randn(7, 5)
 TABLE5 = torch.randn(2, 3, 4, 5, 6)
+COLUMNS = torch.zeros(5, 1, dtype=torch.long)
 IDS = torch.tensor([[1, 2], [3, 4]])
 
 
@@ -55,7 +56,7 @@ IDS = torch.tensor([[1, 2], [3, 4]])
         (lambda x: F.layer_norm(x, (4,), TABLE[:4, 0]), "weight is not contiguous"),
         (lambda x: x.bfloat16().mean(-1, dtype=torch.float32), "a mean .* in torch.float32"),
         (lambda x: TABLE5.permute(4, 2, 0, 3, 1) * 2, "over 5 dimensions"),
-        (lambda x: draw_tokens(TABLE.t(), TABLE, IDS[:1, :1].expand(5, 1))[1], "not contiguous"),
+        (lambda x: draw_tokens(TABLE.t(), TABLE, COLUMNS)[1], "from logits or uniforms"),
         (lambda x: draw_tokens(TABLE[:2], TABLE[:2], IDS[:, :1])[1], "columns are not contiguous"),
         (lambda x: x[:0] * 2, "an empty tensor"),
     ],
