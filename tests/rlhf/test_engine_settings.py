@@ -153,9 +153,10 @@ def test_one_engine_obeys_the_settings_of_each_call():
         (SAMPLED._replace(temperature=0.3), (ids, mask)),
         (SAMPLED._replace(top_k=2), (ids, mask)),
         (SAMPLED._replace(min_response_length=4, stop_ids=MANY_STOPS), (ids, mask)),
-        (SAMPLED, (ids, mask)),
         (SAMPLED, (ids[:2], mask[:2])),
         (SAMPLED, pad_left(PROMPTS[3:5], PAD)),
+        (SAMPLED, (ids[:2], mask[:2])),
+        (SAMPLED, (ids, mask)),
         (GREEDY, (ids, mask)),  # after which the next round asks for more of the same
     ]
     wanted = []
