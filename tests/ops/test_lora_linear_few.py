@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hydra_kernels import Projection, lora_linear, lora_linear_group
+from hydra_kernels.ops.lora_linear import gated_linear
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import KERNELS, leaves
 from tests.ops.test_lora_linear_rows import close, three_ways
@@ -88,6 +89,35 @@ def test_strides_do_not_matter(ids):
     for change in (apart, with_room, lambda t: t.t().contiguous().t()):
         for one, two in zip(plain, outputs(change), strict=True):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("rows", [5, 90, 300], ids=["few", "more", "merged"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_all_adapters_on_all_rows(rows, has_bias):
+    weight, bias, a, b, scaling = make_layer(120, 100, (3, 8), bias=has_bias)
+    x, upstream = torch.randn(rows, 100), torch.randn(rows, 120)
+
+    def outputs(backend):
+        given = leaves(x, *a, *b)
+        y = gated_linear(
+            given[0], weight, bias, given[1:3], given[3:], scaling, (0, 1), None, num_adapters=2,
+            backend=backend,
+        )  # fmt: skip
+        return [y.detach(), *torch.autograd.grad(y, given, upstream)]
+
+    for mine, other in zip(outputs("cpu"), outputs("reference"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_has_the_bits_of_its_layers():
+    x = torch.randn(33, 1024)
+    # of so few rows BLAS rounds a product with three lora_a at once otherwise
+    layers = [make_layer(n, 1024, (3,)) for n in (64, 32, 32)]
+    ys = lora_linear_group(
+        x, [Projection(w, a, b, s, bias) for w, bias, a, b, s in layers], backend="cpu"
+    )
+    for y, (w, bias, a, b, s) in zip(ys, layers, strict=True):
+        assert torch.equal(y, lora_linear(x, w, a, b, s, bias=bias, backend="cpu"))
 
 
 @pytest.mark.parametrize("unread", [0, 1])

@@ -20,9 +20,6 @@ def fwd(
     plan: Plan,
     ids: Tensor | None,
 ) -> list[Tensor]:
-    if len(a) == 1 and ids is None:
-        y = F.linear(x, weights[0], biases[0])
-        return [y.addmm_(F.linear(x, a[0]), b[0].t(), alpha=plan.scales[0])]
     found = _shrunk(x, a, plan, ids)
     if found is None:
         return [F.linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
@@ -34,6 +31,27 @@ def fwd(
         here = s[:, start : start + factor.shape[1]]
         ys.append(F.linear(x, weight, bias).addmm_(here, factor.t(), alpha=alpha))
         start += factor.shape[1]
+    return ys
+
+
+def few_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: Plan,
+) -> list[Tensor]:
+    """All adapters on all rows, in the fewest calls; each for itself, so that a group's outputs
+    have the bits of its layers'."""
+    ys = []
+    start = 0
+    for weight, bias, count in zip(weights, biases, plan.counts, strict=True):
+        y = F.linear(x, weight, bias)
+        for j in range(start, start + count):
+            y.addmm_(F.linear(x, a[j]), b[j].t(), alpha=plan.scales[j])
+        ys.append(y)
+        start += count
     return ys
 
 

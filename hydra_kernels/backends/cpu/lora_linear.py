@@ -72,7 +72,7 @@ def fwd(
     m = x.shape[0]
     if m <= _FEW_BY_BLAS and plan.dropout == 0.0 and _all_float32(x, a):
         if ids is None:
-            return lora_blas.fwd(x, weights, biases, a, b, plan, None), None
+            return lora_blas.few_fwd(x, weights, biases, a, b, plan), None
         if m <= _FEW:
             return _few_fwd(_rows(x), weights, biases, a, b, plan, _long(ids)), None
     x, ids = _rows(x), _long(ids)
