@@ -9,6 +9,7 @@ from hydra_kernels import linear_logprob
 from hydra_kernels.backends import extension
 from hydra_kernels.backends.cpu import linear_logprob as cpu
 from hydra_kernels.backends.cpu import products
+from tests.ops.test_linear_logprob import make_inputs, run, to_double
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason="needs the C++ extension")
 TILES = pytest.mark.skipif(
@@ -151,3 +152,21 @@ def test_bfloat16_gradients_hold_no_float32_copy_of_the_head():
     )
     assert walk.dlogits().data_ptr() == z.data_ptr()
     assert walk.head(0, 992).data_ptr() == walk.weight.data_ptr()
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_longer_than_a_chunk_of_columns(bias, how, monkeypatch):
+    """C++ takes 2048 columns at once, which is all of a block unless COLUMNS is raised."""
+    monkeypatch.setattr(cpu, "COLUMNS", 8192)
+    monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", "1024")
+    assert len(cpu._blocks(2 * 2048 + 3, cpu._columns(1024.0))[0]) == 1
+    inputs = make_inputs(6, 5, 2 * 2048 + 3, ignored=0.0, bias=bias)
+    inputs["targets"] = torch.tensor([0, 2047, 2048, 4095, 4096, 4098])
+    upstream = torch.randn(4, 6)
+    results, grads = run(inputs, upstream, backend="cpu", **how)
+    exact, exact_grads = run(to_double(inputs), upstream.double(), backend="reference", **how)
+    for name, t in results.items():
+        torch.testing.assert_close(t.double(), exact[name], rtol=1e-5, atol=1e-5)
+    for grad, right in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
