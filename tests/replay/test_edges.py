@@ -186,3 +186,24 @@ def test_a_uniform_of_zero_draws_no_token_of_no_probability():
     logits[0, 5:7] = 0.0
     token, logprob, _ = draw_tokens(logits, torch.zeros(1, 1), torch.zeros(1, 1).long())
     assert token.item() == 5 and logprob.isfinite().all()
+
+
+@replayed
+@pytest.mark.parametrize("shared", [True, False], ids=["one mask", "a mask each"])
+def test_queries_that_see_different_keys(shared):
+    """Each its own range of them, none the same as the first's or the last's."""
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 11, 8)
+    mask = torch.full((2, 1, 3, 11), torch.finfo(torch.float32).min)
+    for query, (first, last) in enumerate([(4, 6), (1, 9), (3, 11)]):
+        mask[:, :, query, first:last] = 0.0
+    mask[1] = mask[1].flip(-1).flip(-2)
+    if shared:
+        mask = mask[:, :, 1:2].expand(2, 1, 3, 11)
+
+    def attend():
+        return (F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True),)
+
+    replay = Replay(attend)
+    q.copy_(torch.randn(q.shape))
+    replay()
+    torch.testing.assert_close(replay.outputs[0], attend()[0], rtol=1e-5, atol=2e-6)
