@@ -207,3 +207,22 @@ def test_queries_that_see_different_keys(shared):
     q.copy_(torch.randn(q.shape))
     replay()
     torch.testing.assert_close(replay.outputs[0], attend()[0], rtol=1e-5, atol=2e-6)
+
+
+def test_a_nucleus_that_is_reached_exactly_is_full():
+    """Of four equal tokens two hold a half: the third goes."""
+    logits, uniforms = torch.zeros(1, 4), torch.tensor([[1 - 2**-24]])
+    columns = torch.zeros(1, 1, dtype=torch.long)
+
+    def draw():
+        return draw_tokens(logits, uniforms, columns, top_p=0.5)
+
+    outs = [draw()]
+    if not unavailable():
+        replay = Replay(draw)
+        replay.outputs[0].zero_()
+        replay()
+        outs.append(replay.outputs)
+    for token, _, drawn in outs:
+        assert token.item() == 1
+        assert drawn.exp().item() == pytest.approx(0.5)
