@@ -154,3 +154,16 @@ def test_an_adapter_that_is_copied_has_the_same_rank(tmp_path):
             lora_config=config,
             reference_adapter=str(tmp_path / "actor"),
         )
+
+
+def test_the_exact_kl_is_of_the_model_that_has_both_policies():
+    """Of two models the second has neither; it is not asked for it."""
+    actor = make_model("llama", ("actor",), seed=1, trained=True)
+    critic = make_model("llama", ("critic",), seed=2, trained=True)
+    models = MethodModels("d-lora-ppo", actor, critic, actor, critic)
+    with torch.no_grad():
+        found = models.score(*batch(), kl=True)
+        expected = actor.score(*batch(), roles=("actor", "reference"), kl=True).kl
+        values = critic.score(*batch(), roles=("critic",)).values
+    assert torch.equal(found.kl, expected) and found.kl.any()
+    assert torch.equal(found.values, values)
