@@ -31,6 +31,7 @@ inline pybind11::dict build_info() {
   info["cpu_isa"] = cpu::isa_name(cpu::isa_level());
   info["machine_isa"] = cpu::isa_name(cpu::machine_isa());
   info["compiler"] = HYDRA_COMPILER;
+  info["interface"] = HYDRA_INTERFACE;
   return info;
 }
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -261,6 +262,19 @@ def test_every_dependency_is_pinned_within_its_range():
 needs_extension = pytest.mark.skipif(
     extension.module is None, reason=f"needs a compiler at install: {extension.why_not}"
 )
+
+
+@needs_extension
+def test_an_extension_of_other_sources_is_not_called(tmp_path):
+    """Its entries may take other arguments, where a checkout was updated and not built."""
+    info = extension.module.build_info()
+    assert not extension.is_stale(info, tmp_path)  # installed: no sources to compare with
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert not extension.is_stale(info, tmp_path)
+    assert extension.is_stale({}, tmp_path)  # from before there was such a check
+    with open(tmp_path / "csrc" / "cpu" / "entries.h", "a") as file:
+        file.write("int another_entry();\n")
+    assert extension.is_stale(info, tmp_path)
 
 
 @needs_extension

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import importlib
 import importlib.util
 import platform
@@ -19,6 +20,14 @@ from types import ModuleType
 import torch
 
 _PATTERNS = ("libgomp*.so*", "libiomp5*", "libomp*")
+# As CMakeLists.txt lists them: names, order and meaning of what is passed to the extension.
+_INTERFACE = (
+    "bindings.cpp",
+    "cpu/entries.h",
+    "cpu/lora_layout.h",
+    "cpu/replay_words.h",
+    "cuda/entries.h",
+)
 
 
 def _openmp_libraries() -> list[str]:
@@ -50,9 +59,24 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     share_openmp()
     try:
-        return importlib.import_module("hydra_kernels._C"), ""
+        found = importlib.import_module("hydra_kernels._C")
     except ImportError as error:
         return None, f"the compiled extension does not load: {error}"
+    if is_stale(found.build_info(), Path(__file__).parents[2]):
+        return None, (
+            f"{found.__file__} was built before csrc was changed: build it again "
+            "(pip install --no-build-isolation -e .)"
+        )
+    return found, ""
+
+
+def is_stale(info: dict[str, object], root: Path) -> bool:
+    """Whether the sources in ``root``, if there are any, expect to be called in another way."""
+    files = [root / "csrc" / name for name in _INTERFACE]
+    if not all(file.is_file() for file in files):
+        return False  # installed: there is nothing beside the package
+    digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return info.get("interface") != hashlib.sha256(digests.encode()).hexdigest()
 
 
 #: The extension, or None; then ``why_not`` says why.
