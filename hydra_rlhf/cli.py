@@ -114,11 +114,8 @@ def parse(
         name = flag.split("=")[0]
         if name.startswith("--") and name not in parser._option_string_actions:
             raise _unknown(command, name, known)
-    try:  # the file's alone, with what is required besides
-        needed = [f"--{action.dest}=1" for action in parser._actions if action.required]
-        parser.parse_known_args([*needed, *from_file])
-    except UserError as error:
-        raise UserError(f"{config_file}: {str(error).removeprefix(f'{command}: ')}") from error
+    if config_file is not None:
+        _check_alone(parser, from_file, config_file, command)
     try:
         parsed = parser.parse_args_into_dataclasses(
             [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
@@ -129,6 +126,21 @@ def parse(
     if rest:
         raise _unknown(command, rest[0], known)
     return parsed[:-1]
+
+
+def _check_alone(
+    parser: argparse.ArgumentParser, flags: Sequence[str], config_file: Path, command: str
+) -> None:
+    """Raises UserError that names the file where a value of its own cannot be read."""
+    needed = [
+        f"--{action.dest}={next(iter(action.choices or (1,)))}"  # what the file may leave out
+        for action in parser._actions
+        if action.required
+    ]
+    try:
+        parser.parse_known_args([*needed, *flags])
+    except UserError as error:
+        raise UserError(f"{config_file}: {str(error).removeprefix(f'{command}: ')}") from error
 
 
 def _unknown(command: str, flag: str, known: Any) -> UserError:

@@ -152,3 +152,12 @@ def test_command_refuses(capsys, argv, message):
     assert main(["data", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_value_that_a_config_file_has_wrong_is_told_with_the_file(tmp_path, capsys):
+    """The file is read with what it may leave out: the first word, which is one of a few."""
+    config = tmp_path / "check.yaml"
+    config.write_text("max_length: many\n")
+    assert main(["data", "check", "pairs.jsonl", "--config", str(config)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"hydra-rlhf: error: {config}: argument --max-length: ")
