@@ -157,7 +157,7 @@ class Sharding:
 
     def _reset(self) -> None:
         # Also forgets the order of earlier passes, from which the next gather is foreseen.
-        for root in self._ran:
+        for root in self._ran if self.can_recover else ():
             root.reset_iter_state()
 
 

@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 from hydra_rlhf import experience, ppo, update
 from hydra_rlhf.commands import sft as sft_command
@@ -31,6 +32,8 @@ from tests.rlhf.families import EOS, PAD, PROMPTS, VOCAB, batch, make_lm, make_m
 from tests.rlhf.test_ppo import plain_model, settings, word_reward
 
 # What is summed over processes: whitening, moments, the adaptive coefficient, early stops, norms.
+# A pass that was broken off can be made again; torch 2.11's FSDP cannot.
+CAN_RECOVER = hasattr(FSDPModule, "reset_iter_state")
 RUNS = {
     "hydra-ppo": dict(
         kl_controller="adaptive",
@@ -124,8 +127,10 @@ def worker(folder):
         keep("sharded-resumed", *run("hydra-ppo", 2, f"{folder}/too", resume=True, max_steps=3))
         tokens |= tokens_of_uneven_lengths(index)
         save_file(tokens, f"{folder}/tokens-{index}.safetensors")
-        with memory_runs_out(index) as told:
-            keep("sharded-out-of-memory", *run("hydra-ppo", 2, **OUT_OF_MEMORY))
+        told = None
+        if CAN_RECOVER:
+            with memory_runs_out(index) as told:
+                keep("sharded-out-of-memory", *run("hydra-ppo", 2, **OUT_OF_MEMORY))
         result.models.actor.save_pretrained(f"{folder}/gathered")
         for name in SFT_RUNS:
             run_sft(name, folder, f"{folder}/sharded-sft-{name}")
