@@ -2,7 +2,6 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "cpu/replay_words.h"
@@ -94,9 +93,8 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
   words.read(sa);
   const auto* b = words.address<char>();
   words.read(sb);
-  double exact;  // as a float it would round integers past 2^24
-  std::memcpy(&exact, words.at, sizeof exact);
-  const float number = words.number();
+  const double exact = words.real();  // as a float it would round integers past 2^24
+  const auto number = static_cast<float>(exact);
   const auto whole = static_cast<std::int64_t>(exact);
   if (b == nullptr) {
     b = type == kFloat ? reinterpret_cast<const char*>(&number)

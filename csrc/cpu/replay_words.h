@@ -53,11 +53,13 @@ struct Words {
 
   HYDRA_INLINE std::int64_t next() { return *at++; }
 
-  HYDRA_INLINE float number() {
+  HYDRA_INLINE double real() {
     double value;
     std::memcpy(&value, at++, sizeof value);
-    return static_cast<float>(value);
+    return value;
   }
+
+  HYDRA_INLINE float number() { return static_cast<float>(real()); }
 
   template <class T = float>
   HYDRA_INLINE T* address() {
