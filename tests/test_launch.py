@@ -11,7 +11,7 @@ import torch
 from hydra_kernels.backends import launch, lora_plan
 from hydra_kernels.backends.cuda import device as cuda_device
 from hydra_kernels.backends.cuda import lora_linear as decode
-from hydra_kernels.ops.lora_linear import draw_seed
+from hydra_kernels.ops.lora_arguments import draw_seed
 
 
 class On:
@@ -114,8 +114,8 @@ def test_on_a_cpu_every_ticket_is_new():
     ],
 )
 def test_gpus_that_a_build_covers(archs, runs, not_on):
-    assert all(cuda_device.covers(archs, *capability) for capability in runs)
-    assert not any(cuda_device.covers(archs, *capability) for capability in not_on)
+    assert all(cuda_device.runs_as(archs, *capability) for capability in runs)
+    assert not any(cuda_device.runs_as(archs, *capability) for capability in not_on)
 
 
 @pytest.mark.parametrize(

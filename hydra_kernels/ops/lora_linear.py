@@ -1,11 +1,7 @@
-"""Linear layers with LoRA adapters that every row switches for itself.
-
-A little past 500 lines: two ops, each for users and for modules, and the checks that they share.
-"""
+"""Linear layers with LoRA adapters that every row switches for itself."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,15 +9,22 @@ import torch
 from torch import Tensor
 
 from hydra_kernels import backends  # noqa: F401  registers the kernels
-from hydra_kernels.backends import launch, recording, registry
+from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan
 from hydra_kernels.backends.reference import lora_linear as reference
+from hydra_kernels.ops.lora_arguments import (
+    OP,
+    Scaling,
+    as_pairs,
+    as_scales,
+    check_kind,
+    check_layer,
+    check_range,
+    draw_seed,
+)
 from hydra_kernels.ops.lora_passes import run, run_eager
 
-_OP = "lora_linear"
 _GROUP = "lora_linear_group"
-
-Scaling = float | Tensor | Sequence[float | Tensor]
 
 
 def lora_linear(
@@ -71,8 +74,8 @@ def lora_linear(
             an id is outside -1 to n - 1.
         NotImplementedError: ``backend`` was named and cannot run these tensors.
     """
-    a, b = _pairs(lora_a, lora_b)
-    scales = _scales(scaling, len(a))
+    a, b = as_pairs(lora_a, lora_b)
+    scales = as_scales(scaling, len(a))
     key = None
     known_kind = adapter_ids is None or isinstance(adapter_ids, Tensor)
     if known_kind and _are_floats(scales) and recording.eager():
@@ -92,8 +95,8 @@ def lora_linear(
             count = plan.counts[0]
             tensors = (weight, bias, *a[:count], *b[:count])
             return run_eager("cpu", plan, x, adapter_ids, drawn, tensors)[0]
-    _check(x, weight, bias, a, b, dropout)
-    _check_ids(x, adapter_ids)
+    check_layer(x, weight, bias, a, b, dropout)
+    check_kind(x, adapter_ids)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         key = None  # fits under autocast alone
     owners = range(len(a))
@@ -143,17 +146,17 @@ def lora_linear_group(
     """
     if not projections:
         raise ValueError(f"{_GROUP}: needs at least one projection")
-    pairs = [_pairs(p.lora_a, p.lora_b) for p in projections]
-    scales = [_scales(p.scaling, len(a)) for p, (a, _) in zip(projections, pairs, strict=True)]
+    pairs = [as_pairs(p.lora_a, p.lora_b) for p in projections]
+    scales = [as_scales(p.scaling, len(a)) for p, (a, _) in zip(projections, pairs, strict=True)]
     for p, (a, b) in zip(projections, pairs, strict=True):
-        _check(x, p.weight, p.bias, a, b, dropout)
+        check_layer(x, p.weight, p.bias, a, b, dropout)
     count = len(pairs[0][0])
     if any(len(a) != count for a, _ in pairs):
         raise ValueError(
             f"{_GROUP}: the projections must have as many adapters as each other, "
             f"got {', '.join(str(len(a)) for a, _ in pairs)}"
         )
-    _check_ids(x, adapter_ids)
+    check_kind(x, adapter_ids)
     if adapter_ids is None:
         count = 1
     return gated_linear_group(
@@ -245,9 +248,9 @@ def _choose_and_run(
 ) -> Tensor:
     drawn = draw_seed(seed, x.device) if dropout > 0.0 else None
     tensors = (weight, bias, *lora_a, *lora_b)
-    chosen = _select(_OP, backend, x, adapter_ids, drawn, tensors)
+    chosen = _select(OP, backend, x, adapter_ids, drawn, tensors)
     if adapter_ids is not None and chosen != "cpu":  # whose kernel looks at them anyway
-        check_ids(adapter_ids, num_adapters)
+        check_range(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
         return reference.lora_linear(
             x, weight, bias, lora_a, lora_b, scaling, owners, adapter_ids, dropout, drawn
@@ -290,7 +293,7 @@ def gated_linear_group(
     b: Sequence[Tensor] = [t for each in lora_b for t in each]
     chosen = _select(_GROUP, backend, x, adapter_ids, drawn, (*weights, *biases, *a, *b))
     if adapter_ids is not None and chosen != "cpu":
-        check_ids(adapter_ids, num_adapters)
+        check_range(adapter_ids, num_adapters)
     if chosen == registry.REFERENCE:
         return tuple(
             reference.lora_linear(x, w, bias, a_p, b_p, s_p, o_p, adapter_ids, dropout, drawn)
@@ -362,157 +365,3 @@ def _constant_scales(
         for t, scale in zip(lora_b, scaling, strict=True)
     ]
     return b, tuple(1.0 if isinstance(scale, Tensor) else scale for scale in scaling)
-
-
-def _pairs(
-    lora_a: Tensor | Sequence[Tensor], lora_b: Tensor | Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    if isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
-        return (lora_a,), (lora_b,)
-    if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
-        raise ValueError(f"{_OP}: lora_a and lora_b must both be tensors or both sequences")
-    return tuple(lora_a), tuple(lora_b)
-
-
-def _scales(scaling: Scaling, n: int) -> tuple[float | Tensor, ...]:
-    if type(scaling) is float:
-        return (scaling,) * n
-    if isinstance(scaling, Tensor):
-        scaling = scaling.detach()
-        scales = tuple(scaling) if scaling.dim() > 0 else (scaling,) * n
-    elif isinstance(scaling, Sequence):
-        scales = tuple([s.detach() if isinstance(s, Tensor) else s for s in scaling])
-    else:
-        scales = (scaling,) * n
-    if len(scales) != n:
-        raise ValueError(f"{_OP}: scaling must be one number or {n}, got {len(scales)}")
-    return scales
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: tuple[Tensor, ...],
-    b: tuple[Tensor, ...],
-    dropout: float,
-) -> None:
-    key = (
-        x.shape[-1:],
-        x.dtype,
-        weight.shape,
-        weight.dtype,
-        None if bias is None else (bias.shape, bias.dtype),
-        *[(t.shape, t.dtype) for t in a],
-        None,
-        *[(t.shape, t.dtype) for t in b],
-        dropout,
-    )
-    if key in _FITTING:
-        return
-    _check_shapes(x, weight, bias, a, b, dropout)
-    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
-    if alike and not torch.compiler.is_compiling():
-        if len(_FITTING) >= 4096:
-            _FITTING.clear()
-        _FITTING.add(key)
-
-
-_FITTING: set[tuple] = set()  # shapes and dtypes that have been looked at
-
-
-def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: tuple[Tensor, ...],
-    b: tuple[Tensor, ...],
-    dropout: float,
-) -> None:
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{_OP}: x must be (*, K) and weight (N, K), "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{_OP}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"{_OP}: x is {x.dtype} and weight {weight.dtype}")
-    if (
-        bias is not None
-        and bias.dtype != weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    ):
-        raise ValueError(f"{_OP}: bias is {bias.dtype} and weight {weight.dtype}")
-    if not a or len(a) != len(b):
-        raise ValueError(
-            f"{_OP}: needs as many lora_b as lora_a, at least one, got {len(a)} and {len(b)}"
-        )
-    n, k = weight.shape
-    for each_a, each_b in zip(a, b, strict=True):
-        if (
-            each_a.dim() != 2
-            or each_b.dim() != 2
-            or each_a.shape[1] != k
-            or each_b.shape[0] != n
-            or each_a.shape[0] != each_b.shape[1]
-        ):
-            raise ValueError(
-                f"{_OP}: lora_a must be (R, {k}) and lora_b ({n}, R), "
-                f"got {tuple(each_a.shape)} and {tuple(each_b.shape)}"
-            )
-        if each_a.dtype != each_b.dtype:
-            raise ValueError(f"{_OP}: lora_a is {each_a.dtype} and its lora_b {each_b.dtype}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"{_OP}: dropout must be in [0, 1], got {dropout}")
-
-
-def _check_ids(x: Tensor, adapter_ids: Tensor | None) -> None:
-    if adapter_ids is not None:
-        if not isinstance(adapter_ids, Tensor):
-            raise ValueError(
-                f"{_OP}: adapter_ids must be an integer tensor on {x.device} or None, "
-                f"got {type(adapter_ids).__name__}"
-            )
-        if adapter_ids.dtype not in _INTEGERS:
-            raise ValueError(f"{_OP}: adapter_ids must be integers, got {adapter_ids.dtype}")
-        if adapter_ids.device != x.device:
-            raise ValueError(
-                f"{_OP}: adapter_ids must be on {x.device}, where x is, got {adapter_ids.device}"
-            )
-        if adapter_ids.shape != x.shape[:-1][: adapter_ids.dim()]:
-            raise ValueError(
-                f"{_OP}: adapter_ids must be shaped as a leading part of {tuple(x.shape[:-1])}, "
-                f"got {tuple(adapter_ids.shape)}"
-            )
-
-
-_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
-
-
-def check_ids(adapter_ids: Tensor, n: int) -> None:
-    """Raises ValueError for an id outside -1 to ``n - 1``, where looking at it costs no sync."""
-    if adapter_ids.numel() == 0 or not recording.readable(adapter_ids):
-        return
-    if adapter_ids.device.type != "cpu" and os.environ.get("HYDRA_CHECK") != "1":
-        return
-    low, high = (int(end) for end in torch.aminmax(adapter_ids))
-    if low < -1 or high >= n:
-        raise ValueError(
-            f"{_OP}: adapter_ids must be between -1 and {n - 1}, got {low if low < -1 else high}"
-        )
-
-
-def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """(2,) int64 on ``device``, the seed and the offset of one call's dropout mask."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (2,), device=device)
-    if isinstance(seed, int):
-        return launch.table((seed, 0), torch.int64, device)
-    if seed.dtype != torch.int64 or seed.numel() not in (1, 2) or seed.device != device:
-        raise ValueError(
-            f"{_OP}: seed must hold one or two int64 on {device}, "
-            f"got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
-        )
-    seed = seed.reshape(-1)
-    return seed if seed.numel() == 2 else torch.cat((seed, torch.zeros_like(seed)))

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 
-from hydra_kernels.ops.lora_linear import check_ids
+from hydra_kernels.ops.lora_arguments import check_range
 from hydra_kernels.peft.current import Current, Usage, backward_pass
 from hydra_kernels.peft.layer import FusedLinear
 from hydra_kernels.peft.saved_modules import GatedModulesToSave, ModulesToSaveWrapper
@@ -189,7 +189,7 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         elif ids is not None:
             if ids.is_floating_point() or ids.dtype == torch.bool:
                 raise ValueError(f"adapter_ids must be integers, got {ids.dtype}")
-            check_ids(ids, len(known.names))
+            check_range(ids, len(known.names))
         self._model = known
         self._ids = ids
         self._before: list[tuple] = []

@@ -33,15 +33,10 @@ def too_different(device: torch.device) -> str:
 def _too_different(device: torch.device) -> str:
     archs = str(extension.build_info.get("cuda_archs", ""))
     major, minor = torch.cuda.get_device_capability(device)
-    if covers(archs, major, minor):
+    if runs_as(archs, major, minor):
         return ""
     built = ", ".join(f"sm_{arch}" for arch in archs.split(","))
     return f"was built for {built}, got a GPU of sm_{major}{minor} (HYDRA_CUDA_ARCHS)"
-
-
-def covers(archs: str, major: int, minor: int) -> bool:
-    """Whether machine code for ``archs``, "80,90a" say, or the PTX of its newest, runs there."""
-    return runs_as(archs, major, minor) > 0
 
 
 def runs_as(archs: str, major: int, minor: int) -> int:
