@@ -441,9 +441,11 @@ class RolloutEngine(Engine):
         """(full, sliding) masks in the form that the family takes."""
         config = self.model.config.get_text_config()
         full, sliding = masks
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        kinds = getattr(config, "layer_types", None)
+        if "sliding_attention" in (kinds or ()):
             return {"full_attention": full, "sliding_attention": sliding}
-        return full if self._window is None else sliding
+        # Layers that are all of one kind say so, whatever window is configured.
+        return full if kinds or self._window is None else sliding
 
     @property
     def _window(self) -> int | None:

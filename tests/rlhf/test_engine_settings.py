@@ -16,7 +16,16 @@ from hydra_rlhf.engines import GenerateEngine
 from hydra_rlhf.model import HydraModel, default_lora_config
 from hydra_rlhf.replayed import fingerprint
 from hydra_rlhf.rollout import generate, pad_left
-from tests.rlhf.families import _GATED, EOS, PAD, VOCAB, make_lm, make_model, train_by_chance
+from tests.rlhf.families import (
+    _GATED,
+    _SMALL,
+    EOS,
+    PAD,
+    VOCAB,
+    make_lm,
+    make_model,
+    train_by_chance,
+)
 from tests.rlhf.test_engine import GREEDY, PROMPTS, prompts
 
 SAMPLED = GREEDY._replace(do_sample=True)
@@ -79,6 +88,15 @@ def test_a_window_that_is_configured_and_not_used():
     assert config.sliding_window == 0
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     check_equal(HydraModel(lm), GREEDY._replace(response_length=5), prompts(3), {})
+
+
+def test_a_window_that_no_layer_has():
+    torch.manual_seed(0)
+    kinds = ["full_attention"] * 3
+    config = transformers.Olmo3Config(**_GATED, layer_types=kinds, sliding_window=4)
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for settings in ({}, PIECEMEAL):
+        check_equal(HydraModel(lm), GREEDY._replace(response_length=5), prompts(3), settings)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +270,9 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
          "MambaModel keeps more of the past than keys and values"),
         (transformers.OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4),
          "OpenAIGPTModel keeps no keys and values"),
+        (transformers.BertConfig(**_SMALL, intermediate_size=48), "BertModel is an encoder"),
     ],
-    ids=["longrope", "dynamic", "conv", "mamba", "no cache"],
+    ids=["longrope", "dynamic", "conv", "mamba", "no cache", "encoder"],
 )  # fmt: skip
 def test_models_with_another_past_run_by_generate(config, message, caplog):
     """Frequencies of rotary embeddings too may hang on how long the sequences have become."""
