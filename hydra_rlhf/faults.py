@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,8 +39,15 @@ class BadUpdates:
     folder: Path | None = None
     in_a_row: int = 0
 
-    def is_bad(self, step: int, figures: dict[str, Tensor], batch: dict[str, Tensor]) -> bool:
+    def is_bad(
+        self, step: int, figures: Mapping[str, Tensor], batch: Callable[[], Mapping[str, Tensor]]
+    ) -> bool:
         """Whether an update must be skipped. One transfer from the device.
+
+        Args:
+            step: Of the run.
+            figures: Losses and norms of gradients, the same in all processes.
+            batch: Gives what was trained on, should it have to be written.
 
         Raises:
             TrainingFault: it is the last of ``limit`` in a row.
@@ -58,14 +66,14 @@ class BadUpdates:
             self.limit,
         )
         if self.in_a_row >= self.limit:
-            where = self._dump(step, batch)
+            where = self._dump(step, batch())
             raise TrainingFault(
                 f"{self.in_a_row} updates in a row were not finite ({', '.join(names)}) at step "
                 f"{step}{where}; lower the learning rate, or look at that batch"
             )
         return True
 
-    def _dump(self, step: int, batch: dict[str, Tensor]) -> str:
+    def _dump(self, step: int, batch: Mapping[str, Tensor]) -> str:
         if self.folder is None:
             return ""
         file = self.folder / f"step-{step:08d}.safetensors"
@@ -76,6 +84,25 @@ class BadUpdates:
         except OSError as error:
             return f", the batch could not be written ({error})"
         return f", the batch is in {file}"
+
+
+def faults_folder(run_dir: str | Path | None, processes: Processes) -> Path | None:
+    """Where a process writes the batch of a fault: each its own."""
+    if run_dir is None:
+        return None
+    folder = Path(run_dir) / "faults"
+    return folder if processes.is_main else folder / f"process-{processes.index}"
+
+
+def overflowed(accelerator: Accelerator, norms: Mapping[str, Tensor]) -> bool:
+    """Whether fp16's loss scale was too large, which it finds out by trying: no fault of the run.
+
+    At scale 1 a gradient that is not finite is one.
+    """
+    scaler = accelerator.scaler
+    if scaler is None or scaler.get_scale() <= 1.0:
+        return False
+    return not bool(torch.stack(list(norms.values())).isfinite().all())
 
 
 @dataclass

@@ -44,7 +44,7 @@ from hydra_rlhf.experience import (
     shared_prefixes,
     some_samples,
 )
-from hydra_rlhf.faults import BadUpdates, Shrinking
+from hydra_rlhf.faults import BadUpdates, Shrinking, faults_folder
 from hydra_rlhf.methods import MethodModels, method_from_model
 from hydra_rlhf.metrics import diagnose, to_floats
 from hydra_rlhf.model import HydraModel, Score
@@ -184,7 +184,6 @@ def train(
         scaler=accelerator.scaler,
     )
     folder = None if run_dir is None else Path(run_dir)
-    faults = "faults" if processes.is_main else f"faults/process-{processes.index}"
     run = Run(
         state,
         accelerator,
@@ -200,7 +199,7 @@ def train(
         ),
         num_steps=num_steps,
         on_samples=on_samples if processes.is_main else None,
-        bad=BadUpdates(config.max_bad_updates, None if folder is None else folder / faults),
+        bad=BadUpdates(config.max_bad_updates, faults_folder(run_dir, processes)),
     )
     result = PPOResult(models)
     started = time.perf_counter()

@@ -66,7 +66,8 @@ def train(
     num_samples = config.num_samples
     accelerator = accelerator or sft.make_accelerator()
     steps = config.max_steps or max(1, round(config.epochs * len(prompts) / config.batch_size))
-    trainer = sft.Trainer(replace(config, objective="sft"), model, tokenizer, accelerator, steps)
+    config_of_step = replace(config, objective="sft")
+    trainer = sft.Trainer(config_of_step, model, tokenizer, accelerator, steps, run_dir)
     encoded = encode_prompts(tokenizer, prompts)
     if config.packing:
         packing.check(model, max(map(len, encoded)) + config.response_length)

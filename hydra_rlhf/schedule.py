@@ -146,6 +146,13 @@ def make_optimizer(
     return optimizer, LambdaLR(optimizer, lambda done: lr_factor(config, done, total))
 
 
+def advance(schedule: LambdaLR) -> None:
+    """One step on, whether or not the update that it belongs to was skipped."""
+    optimizer: Any = schedule.optimizer
+    optimizer._opt_called = True  # else torch warns of a wrong order where it was
+    schedule.step()
+
+
 def lr_factor(config: PPOConfig, done: int, total: int) -> float:
     """Share of the learning rate after ``done`` of ``total`` optimizer steps."""
     if done < config.warmup_steps:

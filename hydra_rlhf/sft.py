@@ -22,10 +22,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 import hydra_kernels.peft
 from hydra_rlhf import packing
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.faults import BadUpdates, faults_folder, overflowed
 from hydra_rlhf.model import HydraModel
 from hydra_rlhf.pair_loss import PAIR_FIGURES, PairLoss, calibration_error
 from hydra_rlhf.pairs import (
@@ -39,6 +41,7 @@ from hydra_rlhf.pairs import (
 )
 from hydra_rlhf.processes import Processes, make_accelerator
 from hydra_rlhf.records import Tracker
+from hydra_rlhf.schedule import advance
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 from hydra_rlhf.sft_resume import Course
 
@@ -64,6 +67,7 @@ class Trainer:
         tokenizer: Pads.
         accelerator: Device, precision and processes.
         steps: How many there will be; the schedule depends on it.
+        run_dir: Where ``faults/`` goes.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class Trainer:
         tokenizer: Any,
         accelerator: Accelerator,
         steps: int,
+        run_dir: str | Path | None = None,
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.accelerator = accelerator
         self.role = "actor" if model.adapters else None
         self.processes = Processes(accelerator)
+        self.bad = BadUpdates(config.max_bad_updates, faults_folder(run_dir, self.processes))
         torch.manual_seed(config.seed)
         self.module: nn.Module = PairLoss(model, config, self.role)
         _choose_trained(config, model)
@@ -103,7 +109,11 @@ class Trainer:
             _checkpoint(model.causal_lm)
 
     def step(self, batch: list[EncodedPair]) -> tuple[dict[str, float], int]:
-        """One optimizer step on a batch of all processes; its figures, and its tokens."""
+        """One optimizer step on a batch of all processes; its figures, and its tokens.
+
+        Raises:
+            TrainingFault: ``config.max_bad_updates`` updates in a row were not finite.
+        """
         config, accelerator = self.config, self.accelerator
         share = batch[accelerator.process_index :: accelerator.num_processes]
         # The counts of the batch over all processes are known to each: no reduction is needed.
@@ -131,31 +141,52 @@ class Trainer:
             for name, value in sums.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if world > 1:
             totals = accelerator.reduce(totals, reduction="sum")
-        figures = {"loss": float(_combine(config, totals, num_tokens, num_pairs))}
+        loss = _combine(config, totals, num_tokens, num_pairs)
+        bad = self._is_bad(loss, norm, share or batch[:1])
+        if not bad:
+            self.optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = {"loss": float(loss), "bad_updates": float(bad)}
         if "sft" in totals:
             figures["sft_loss"] = float(totals["sft"]) / num_tokens
         for name, label in PAIR_FIGURES.items():
             if name in totals and any(pair.rejected for pair in batch):
                 figures[label] = float(totals[name]) / num_pairs
-        if norm is not None:
+        if config.max_grad_norm or sharded:
             figures["grad_norm"] = float(norm)
         figures["lr"] = float(self.schedule.get_last_lr()[0])
-        self.schedule.step()
+        advance(self.schedule)
         passed = sum(len(p.prompt) + len(p.chosen) for p in batch)
         if config.objective != "sft":
             passed += sum(len(p.prompt) + len(p.rejected) for p in batch if p.rejected)
         return figures, passed
 
-    def _clip(self) -> Tensor | None:
-        """The gradient's norm before clipping; None without."""
+    def _clip(self) -> Tensor:
+        """The gradient's norm before clipping."""
         limit = self.config.max_grad_norm
-        if self.processes.sharding is None:
-            return self.accelerator.clip_grad_norm_(self.parameters, limit) if limit else None
-        return self.processes.reduce_and_clip(self.parameters, limit)
+        if self.processes.sharding is not None:
+            return self.processes.reduce_and_clip(self.parameters, limit)
+        if limit:
+            return self.accelerator.clip_grad_norm_(self.parameters, limit)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _is_bad(self, loss: Tensor, norm: Tensor, share: list[EncodedPair]) -> bool:
+        """Whether the update must be skipped; see ``faults``."""
+
+        def batch() -> dict[str, Tensor]:
+            made = _collate(self.config, self.tokenizer, share)
+            return {n: t for n, t in made._asdict().items() if isinstance(t, Tensor)}
+
+        step = self.schedule.last_epoch + 1
+        figures = {"loss": loss, "grad_norm": norm.to(loss.device)}
+        if overflowed(self.accelerator, {"grad_norm": norm}):
+            return True
+        return self.bad.is_bad(step, figures, batch)
 
 
 def train(
@@ -183,11 +214,12 @@ def train(
     Raises:
         UserError: no pairs, a prompt that leaves no room for a response, packing that the model
             cannot do, or nothing that can be resumed.
+        TrainingFault: ``config.max_bad_updates`` updates in a row were not finite.
     """
     accelerator = accelerator or make_accelerator()
     encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
     plan = _plan_batches(config, encoded)
-    trainer = Trainer(config, model, tokenizer, accelerator, len(plan))
+    trainer = Trainer(config, model, tokenizer, accelerator, len(plan), run_dir)
     course = Course(config, trainer, encoded, run_dir=run_dir, resume=resume)
     shown: dict[str, float] = {}
     with tracker.progress(TITLES[config.objective], len(plan)) as bar, course.stoppable():

@@ -80,6 +80,11 @@ class SFTConfig:
     eval_batch_size: int = setting(64, "pairs per forward in evaluation")
     save_steps: int = setting(0, "take a checkpoint every n steps; 0 only when stopped")
     save_total_limit: int | None = setting(None, "keep only the newest n checkpoints")
+    max_bad_updates: int = setting(
+        5,
+        "updates in a row with a loss or gradient that is not finite before the run ends; those "
+        "before it are skipped and counted in bad_updates",
+    )
     num_samples: int = setting(8, "raft: answers a prompt, of which the best is imitated")
     response_length: int = setting(64, "raft: most tokens in an answer")
     temperature: float = setting(1.0, "raft: of sampling")
@@ -102,6 +107,7 @@ class SFTConfig:
             "epochs",
             "batch_size",
             "eval_batch_size",
+            "max_bad_updates",
             "num_samples",
             "response_length",
             "temperature",

@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "save_total_limit",
     "eval_every",
     "eval_batch_size",
+    "max_bad_updates",
 }
 
 _log = logging.getLogger("hydra_rlhf")

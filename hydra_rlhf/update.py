@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import hydra_kernels
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.experience import Experience
+from hydra_rlhf.faults import overflowed
 from hydra_rlhf.methods import MethodModels
 from hydra_rlhf.metrics import update_metrics
 from hydra_rlhf.model import Score
-from hydra_rlhf.schedule import minibatches
+from hydra_rlhf.schedule import advance, minibatches
 
 if TYPE_CHECKING:
     from hydra_rlhf.ppo import Run
@@ -45,7 +46,7 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
         for minibatch, total in zip(order, totals, strict=True):
             if stopped:
                 skipped += 1
-                scheduler.step()  # the schedule is a function of the rollout, not of early stops
+                advance(scheduler)  # the schedule is a function of the rollout, not of early stops
                 continue
 
             attempt = functools.partial(
@@ -69,7 +70,7 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
             norms = clip_gradients(config, optimizer, run.accelerator)
             losses = {n: found[n] for n in ("policy_loss", "value_loss") if n in found}
             if overflowed(run.accelerator, norms) or run.bad.is_bad(
-                step, losses | norms, experience.tensors(minibatch)
+                step, losses | norms, functools.partial(experience.tensors, minibatch)
             ):
                 bad += 1
             else:
@@ -84,7 +85,7 @@ def update(run: Run, step: int, experience: Experience) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             if run.accelerator.scaler is not None:
                 run.accelerator.scaler.update()
-            scheduler.step()
+            advance(scheduler)
     return update_metrics(history, skipped) | {"policy/bad_updates": float(bad)}
 
 
@@ -253,17 +254,6 @@ def clip_gradients(
         norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
         norms[f"grad_norm/{group['name']}"] = norm
     return norms
-
-
-def overflowed(accelerator: Accelerator, norms: dict[str, Tensor]) -> bool:
-    """Whether fp16's loss scale was too large, which it finds out by trying: no fault of the run.
-
-    At scale 1 a gradient that is not finite is one.
-    """
-    scaler = accelerator.scaler
-    if scaler is None or scaler.get_scale() <= 1.0:
-        return False
-    return not bool(torch.stack(list(norms.values())).isfinite().all())
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -144,7 +144,8 @@ class Plain:
         self.optimizer.step()
         self.done += 1
         return {k: float(torch.as_tensor(v).detach()) for k, v in found.items()} | {
-            "lr": config.learning_rate * share
+            "lr": config.learning_rate * share,
+            "bad_updates": 0.0,
         }
 
     def evaluate(self, examples):
