@@ -17,12 +17,10 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -32,17 +30,15 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from hydra_rlhf.errors import UserError
+from hydra_rlhf.progress import ProgressBar, make_console, number, progress_bar
 
 MARKER = "run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-PLAIN_WIDTH = 110  # columns where stdout is not a terminal
-PLAIN_LINES = 10  # lines a stage prints there
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "triton")
 
 _log = logging.getLogger(__name__)
@@ -160,7 +156,7 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Record the figures of one step of ``stage``; tensors of one element are read here."""
-        figures = {name: _number(value) for name, value in values.items()}
+        figures = {name: number(value) for name, value in values.items()}
         if self._rewind is not None and stage not in self._rewind and self.run_dir is not None:
             self._rewind.add(stage)
             self._forget(stage, step)
@@ -218,11 +214,7 @@ class Tracker:
     @contextlib.contextmanager
     def progress(self, stage: str, total: int) -> Iterator[ProgressBar]:
         """A bar of ``total`` steps; ``bar.update(step, loss=..., kl=...)`` moves it."""
-        if self.console.is_terminal:
-            bar: ProgressBar = _RichBar(self.console, stage, total)
-        else:
-            bar = _PlainBar(self.console, stage, total)
-        with bar:
+        with progress_bar(self.console, stage, total) as bar:
             yield bar
 
     def say(self, text: str = "") -> None:
@@ -264,87 +256,6 @@ class Tracker:
         self.close()
 
 
-class ProgressBar:
-    """What ``Tracker.progress`` yields."""
-
-    def update(self, step: int, **figures: Any) -> None:
-        """``step`` steps are done; ``figures`` are the ones to show, in this order."""
-        raise NotImplementedError
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-
-class _RichBar(ProgressBar):
-    def __init__(self, console: Console, stage: str, total: int):
-        self._bar = Progress(
-            TextColumn("[bold]{task.description:<12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-        )
-        self._task = self._bar.add_task(stage, total=total, figures="")
-
-    def update(self, step: int, **figures: Any) -> None:
-        shown = "  ".join(f"[dim]{_label(k)}[/dim] {format_figure(v)}" for k, v in figures.items())
-        if figures:
-            self._bar.update(self._task, completed=step, figures=shown)
-        else:
-            self._bar.update(self._task, completed=step)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-
-class _PlainBar(ProgressBar):
-    """A line at the first step, at every tenth of the way and at the last."""
-
-    def __init__(self, console: Console, stage: str, total: int):
-        self._console, self._stage, self._total = console, stage, total
-        self._started = time.perf_counter()
-        self._printed = -1
-        self._skipped: int | None = None  # steps of the run that this one goes on with
-        self._figures: dict[str, Any] = {}
-
-    def update(self, step: int, **figures: Any) -> None:
-        self._skipped = max(step - 1, 0) if self._skipped is None else self._skipped
-        self._figures.update(figures)
-        part = step * PLAIN_LINES // max(self._total, 1)
-        if part == self._printed:
-            return
-        self._printed = part
-        shown = "".join(f"  {_label(k)} {format_figure(v)}" for k, v in self._figures.items())
-        seconds = time.perf_counter() - self._started
-        left = ""
-        if 0 < step < self._total:
-            each = seconds / max(step - self._skipped, 1)
-            left = f", {each * (self._total - step):.0f} s left"
-        self._console.print(
-            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{left}{shown}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def make_console(quiet: bool = False) -> Console:
-    """The standard output; where it is no terminal, wide and without control characters."""
-    if sys.stdout.isatty():
-        return Console(quiet=quiet)
-    return Console(
-        file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False, color_system=None, quiet=quiet
-    )
-
-
 def table(title: str, columns: list[str], rows: list[list[str]], *, numeric: int = 0) -> Table:
     """A rich table whose last ``numeric`` columns hold figures, set to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", show_lines=False)
@@ -381,17 +292,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 break
             lines.append(found)
     return lines
-
-
-def format_figure(value: Any) -> str:
-    number = _number(value)
-    if number is None:
-        return "-"
-    if isinstance(number, int):
-        return str(number)
-    if number != 0 and abs(number) < 1e-3:
-        return f"{number:.1e}"
-    return f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}"
 
 
 def plain(config: Any) -> Any:
@@ -480,19 +380,3 @@ def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _number(value: Any) -> float | int | None:
-    """None for what JSON cannot hold, so that every line of metrics.jsonl is strict JSON."""
-    if hasattr(value, "item"):
-        value = value.item()
-    if value is None:
-        return None
-    if isinstance(value, (bool, int)):
-        return int(value)
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def _label(name: str) -> str:
-    return name.replace("_", " ")

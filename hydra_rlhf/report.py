@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from hydra_rlhf import curves
-from hydra_rlhf.records import MARKER, SAMPLES, format_figure, read_lines, read_metrics
+from hydra_rlhf.progress import format_figure
+from hydra_rlhf.records import MARKER, SAMPLES, read_lines, read_metrics
 
 REPORT = "report.html"
 MAX_POINTS = 400  # of a line; more is thinned out, because a page is no database
