@@ -51,6 +51,10 @@ def check_layer(
     dropout: float,
 ) -> None:
     """Raises ValueError where shapes, dtypes or dropout do not fit; the like are checked once."""
+    if torch.compiler.is_compiling():
+        # A compiler would guard what is remembered, and compile anew after each eager call.
+        _check_shapes(x, weight, bias, a, b, dropout)
+        return
     key = (
         x.shape[-1:],
         x.dtype,
@@ -66,7 +70,7 @@ def check_layer(
         return
     _check_shapes(x, weight, bias, a, b, dropout)
     alike = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
-    if alike and not torch.compiler.is_compiling():
+    if alike:
         if len(_FITTING) >= 4096:
             _FITTING.clear()
         _FITTING.add(key)
@@ -88,6 +92,8 @@ def _check_shapes(
             f"{OP}: x must be (*, K) and weight (N, K), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"{OP}: x must be of a floating-point dtype, got {x.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -115,8 +121,11 @@ def _check_shapes(
                 f"{OP}: lora_a must be (R, {k}) and lora_b ({n}, R), "
                 f"got {tuple(each_a.shape)} and {tuple(each_b.shape)}"
             )
-        if each_a.dtype != each_b.dtype:
-            raise ValueError(f"{OP}: lora_a is {each_a.dtype} and its lora_b {each_b.dtype}")
+        if each_a.dtype != each_b.dtype or not each_a.is_floating_point():
+            raise ValueError(
+                f"{OP}: lora_a and its lora_b must have one floating-point dtype, "
+                f"got {each_a.dtype} and {each_b.dtype}"
+            )
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{OP}: dropout must be in [0, 1], got {dropout}")
 

@@ -400,6 +400,8 @@ def test_refusals():
         ({"lora_b": lora_b[:1]}, "as many lora_b"),
         ({"lora_b": lora_b[::-1]}, "lora_a must be"),
         ({"lora_a": [a.double() for a in lora_a]}, "its lora_b"),
+        ({"lora_a": [a.int() for a in lora_a], "lora_b": [b.int() for b in lora_b]}, "floating"),
+        ({"x": x.int(), "weight": weight.int()}, "x must be of a floating-point dtype"),
         ({"bias": bias.double()}, "bias is torch.float64 and weight torch.float32"),
         ({"lora_a": lora_a[:1], "lora_b": [lora_a[1], *lora_b], "scaling": 1.0}, "as many lora_b"),
         ({"scaling": [1.0]}, "one number or 2"),
