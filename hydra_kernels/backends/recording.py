@@ -6,7 +6,7 @@ Kernels that are called with addresses are invisible to torch's dispatcher; a re
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -61,6 +61,13 @@ _is_grads_batched = torch._C._functorch.is_legacy_batchedtensor
 def batched(t: Tensor) -> bool:
     """Whether it stands for many: under torch.vmap, or torch.autograd.grad's is_grads_batched."""
     return _wrapped(t) or _is_grads_batched(t)
+
+
+def any_batched(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:
+        if t is not None and batched(t):
+            return True
+    return False
 
 
 def readable(t: Tensor) -> bool:

@@ -78,7 +78,7 @@ def linear_logprob(
         ValueError: shapes, dtypes or values that do not fit.
         NotImplementedError: ``backend`` was named and cannot run these tensors.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -262,6 +262,34 @@ def _bwd(*args) -> tuple[Tensor | None, ...]:
     return registry.kernel(_OP, chosen).bwd(upstream, inputs, kept, tuple(wanted))
 
 
+def _gradients_of_many(ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Of hidden, weight and bias, by upstream gradients that stand for many: they have no address,
+    so PyTorch's own operations make the results."""
+    hidden, weight, targets, bias, temperature, ref_hidden = ctx.saved_tensors[:6]
+    softcap, ignore_index = ctx.rest[:2]
+    need = ctx.needs_input_grad
+    leaves = [
+        None if t is None else t.detach().requires_grad_(wanted)
+        for t, wanted in zip((hidden, weight, bias), (need[0], need[1], need[3]), strict=True)
+    ]
+    with torch.enable_grad():
+        rows, head, offset = leaves
+        args = (targets, offset, temperature, softcap or None, ref_hidden, ignore_index)
+        out = reference.linear_logprob(rows, head, *args)
+    asked = [
+        i for i, t in enumerate(out) if t is not None and t.requires_grad and grads[i] is not None
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [out[i] for i in asked],
+            [t for t in leaves if t is not None and t.requires_grad],
+            [grads[i] for i in asked],
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in leaves)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
@@ -272,6 +300,9 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        if not torch.compiler.is_compiling() and recording.any_batched(grads):
+            dhidden, dweight, dbias = _gradients_of_many(ctx, grads)
+            return (dhidden, dweight, None, dbias, *(None,) * 6)
         with torch.no_grad():
             args = _bwd_args(ctx, grads)
             found = (None,) * 3 if args is None else _bwd(*args)

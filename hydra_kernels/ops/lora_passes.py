@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_kernels.backends import recording, registry
 from hydra_kernels.backends.lora_plan import Plan, saves_s
+from hydra_kernels.backends.reference import lora_linear as reference
 from hydra_kernels.ops.once import once
 
 _OP = "lora_linear"
@@ -166,7 +167,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         saved = ctx.saved_tensors
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and recording.any_batched(dys):
+            return (None, None, None, None, None, *_gradients_of_many(ctx, saved, dys))
+        if not torch.is_grad_enabled() or compiling:
             return (None, None, None, None, None, *_gradients(ctx, saved, dys))
         with torch.no_grad():
             found = _gradients(ctx, saved, dys)
@@ -194,6 +198,40 @@ def _gradients(
         for i, none in enumerate((*unused, *unused), start=2 * p):
             grads[i] = None if none else grads[i]
     return (dx, *grads)
+
+
+def _gradients_of_many(
+    ctx, saved: tuple, dys: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """:func:`_gradients` of upstream gradients that stand for many, which have no address."""
+    plan: Plan = ctx.plan
+    p = len(dys)
+    x, _, adapter_ids, seed, *rest = saved
+    biases = [weight.new_zeros(weight.shape[0]) for weight in rest[:p]]  # constants in a gradient
+    need = ctx.needs_input_grad[5:]
+    leaves = [
+        t.detach().requires_grad_(wanted)
+        for t, wanted in zip((x, *rest[:p], *biases, *rest[p:]), need, strict=True)
+    ]
+    with torch.enable_grad():
+        cast = leaves if ctx.dtype is None else [t.to(ctx.dtype) for t in leaves]
+        weights, added, a, b = _unpack(plan, cast[1:])
+        ys, first = [], 0
+        for weight, bias, count in zip(weights, added, plan.counts, strict=True):
+            own = slice(first, first + count)
+            args = (a[own], b[own], plan.scales[own], plan.owners[own], adapter_ids)
+            ys.append(reference.lora_linear(cast[0], weight, bias, *args, plan.dropout, seed))
+            first += count
+    outputs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in outputs],
+            [t for t in leaves if t.requires_grad],
+            [dy for _, dy in outputs],
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if t.requires_grad else None for t in leaves)
 
 
 _apply = super(torch.autograd.Function, _LoraLinear).apply

@@ -172,3 +172,44 @@ def test_a_torchscript_trace_reads_its_inputs(name):
         found, expected = traced(*case.inputs.values()), call(*case.inputs.values())
     for a, b in zip(found if isinstance(found, tuple) else (found,), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "device"), [p for p in HERE if CASES[p.values[0]]("cpu").differentiable]
+)
+def test_many_upstream_gradients_at_once(name, backend, device):
+    """As torch.autograd.functional.jacobian(vectorize=True) has them: none has an address."""
+    case = CASES[name](device)
+    leaves = [case.inputs[key] for key in case.differentiable]
+    outputs = [t for t in case.call(case.inputs, backend) if t.requires_grad]
+    upstream = [torch.randn(3, *t.shape, device=device).to(t.dtype) for t in outputs]
+    many = torch.autograd.grad(outputs, leaves, upstream, is_grads_batched=True)
+    for i in range(3):
+        outputs = [t for t in case.call(case.inputs, backend) if t.requires_grad]
+        one = torch.autograd.grad(outputs, leaves, [each[i] for each in upstream])
+        for a, b in zip(many, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eager_calls_compile_nothing_anew(name):
+    """What they remember of their arguments is no guard of compiled code."""
+    case, longer = CASES[name]("cpu"), CASES[name]("cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(case.call, fullgraph=True, backend="eager")
+    expected = compiled(case.inputs, None)
+    longer.inputs = {  # other sizes, which fit each other
+        key: t if key == "seed" else t.repeat((2,) * t.dim()) for key, t in longer.inputs.items()
+    }
+    longer.call(longer.inputs, None)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for a, b in zip(compiled(case.inputs, None), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meta_tensors_tell_sizes(name):
+    case = CASES[name]("cpu")
+    inputs = {key: t.detach().to("meta") for key, t in case.inputs.items()}
+    for a, b in zip(case.call(inputs, None), case.call(case.inputs, None), strict=True):
+        assert (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
