@@ -28,6 +28,13 @@ def _positive(kind: type) -> Callable[[str], float]:
     return parse
 
 
+def _sizes(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split())}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not as 'M=1024 V=32000'") from None
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     p.add_argument("--op", action="append", default=[], help="an op's name, or a file's after "
@@ -36,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
         "--mode", action="append", default=[], help="one mode of an op, as fwd or fwd+bwd"
     )
     p.add_argument("--row", action="append", default=[], help="one backend or peer")
+    p.add_argument(
+        "--shape", action="append", default=[], type=_sizes, metavar="'M=1024 V=32000'",
+        help="shapes with these sizes only; may be given again for others",
+    )  # fmt: skip
     p.add_argument("--device", choices=("cpu", "cuda"),
                    default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="few shapes and few rounds")
@@ -73,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     ):
         if unknown := [name for name in given if name not in found]:
             p.error(f"no {option} {', '.join(unknown)} (known: {', '.join(sorted(found))})")
+    shapes = [s for b in asked for s in harness.shapes_of(b, args.device, args.quick)]
+    if unknown := [str(harness.Shape(given, "")) for given in args.shape
+                   if not any(shape.has(given) for shape in shapes)]:  # fmt: skip
+        p.error(f"no shape with {', '.join(unknown)} (known: {', '.join(map(str, shapes))})")
     if args.list:
         _list(args, known)
         return 0
@@ -122,6 +137,7 @@ def _run(args: argparse.Namespace) -> tuple[list[harness.Record], int]:
         ops=tuple(args.op),
         modes=tuple(args.mode),
         rows=tuple(args.row),
+        shapes=tuple(args.shape),
         deadline=deadline,
         effort=effort,
         say=functools.partial(print, file=sys.stderr, flush=True),

@@ -63,6 +63,9 @@ class Shape:
     quick: bool = False  # also part of --quick, of `pytest benchmarks/` and of the tests
     dtypes: tuple[torch.dtype, ...] = ()  # none: those of the benchmark on this device
 
+    def has(self, sizes: dict[str, int]) -> bool:
+        return sizes.items() <= self.sizes.items()
+
     def __str__(self) -> str:
         return " ".join(f"{name}={size}" for name, size in self.sizes.items())
 
@@ -87,6 +90,7 @@ class Options:
     ops: tuple[str, ...] = ()  # none: all of them
     modes: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    shapes: tuple[dict[str, int], ...] = ()  # only those with all of the sizes of one of these
     deadline: float = float("inf")  # on time.monotonic's clock; what is left then is "not reached"
     effort: Effort | None = None
     say: Callable[[str], object] = str  # told what is measured next; str says it to nobody
@@ -262,6 +266,7 @@ def run(options: Options) -> Iterator[Record]:
                 groups = (
                     run_rows(bench, shape, dtype, mode, options)
                     for shape in shapes_of(bench, options.device, options.quick)
+                    if not options.shapes or any(map(shape.has, options.shapes))
                     for dtype in shape.dtypes or bench.DTYPES[options.device]
                     for mode in bench.MODES
                     if not options.modes or mode in options.modes

@@ -18,9 +18,11 @@ MIB = 1024**2
 @dataclass(frozen=True)
 class Effort:
     rounds: int
-    seconds: float  # of one row; fewer rounds where one call is slow, but never fewer than 3
+    seconds: float  # of one row; fewer rounds where one call is slow, but never fewer than 3,
+    #              or 2 where a call takes longer than SLOW
 
 
+SLOW = 2.0  # seconds
 QUICK = Effort(rounds=10, seconds=1.0)
 FULL = Effort(rounds=50, seconds=5.0)
 
@@ -28,17 +30,25 @@ FULL = Effort(rounds=50, seconds=5.0)
 def time_calls(
     calls: dict[str, Callable[[], object]], device: str, effort: Effort
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
-    """Milliseconds and the host's microseconds of every call, round by round, and failures."""
+    """Milliseconds and the host's microseconds of every call, round by round, and failures.
+
+    Before the rounds each call is made four times, or until half of SLOW has gone by.
+    """
     sample = _Cuda() if device == "cuda" else _wall
     failures: dict[str, str] = {}
     rounds: dict[str, int] = {}
     busy: dict[str, float] = {}
     for name, call in calls.items():
         try:
-            for _ in range(3):
-                busy[name] = sample(call, busy.get(name, 0.0))[1] / 1e6
-            took = sample(call, busy[name])[0] / 1e3
-            rounds[name] = max(3, int(min(effort.rounds, effort.seconds / max(took, 1e-9))))
+            spent = 0.0
+            for _ in range(4):
+                ms_taken, enqueued = sample(call, busy.get(name, 0.0))
+                took, busy[name] = ms_taken / 1e3, enqueued / 1e6
+                spent += took
+                if spent > SLOW / 2:
+                    break
+            least = 2 if took > SLOW else 3
+            rounds[name] = max(least, int(min(effort.rounds, effort.seconds / max(took, 1e-9))))
         except Exception as error:
             failures[name] = reason(error)
     ms: dict[str, list[float]] = {name: [] for name in rounds}

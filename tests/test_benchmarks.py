@@ -123,6 +123,33 @@ def test_a_slow_row_gets_fewer_rounds_and_a_late_failure_is_kept():
     assert failures == {"late": "RuntimeError: late"}
 
 
+def test_a_call_of_seconds_is_made_as_often_as_it_must_be(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW", 0.04)
+    made = {"slow": 0, "middling": 0}
+
+    def sleeps(name, seconds):
+        made[name] += 1
+        time.sleep(seconds)
+
+    calls = {
+        "slow": lambda: sleeps("slow", 0.05),
+        "middling": lambda: sleeps("middling", 0.03),
+    }
+    ms, _, failures = measure.time_calls(calls, "cpu", measure.Effort(9, 0.0))
+    assert [len(ms[name]) for name in calls] == [2, 3] and not failures
+    assert made == {"slow": 1 + 2, "middling": 1 + 3}  # one to warm up, then rounds
+
+
+def test_shapes_by_their_sizes(capsys):
+    some = harness.Shape({"M": 8, "V": 3}, "")
+    assert some.has({"V": 3}) and some.has({}) and not some.has({"V": 3, "M": 9})
+    assert not some.has({"K": 1})
+    args = ["--op", "linear_logprob", "--device", "cpu", "--row", "cpu", "--mode", "fwd"]
+    assert main([*args, "--rounds", "1", "--shape", "M=256 V=8000"]) == 0
+    said = capsys.readouterr().out
+    assert "M=256 D=256 V=8000" in said and "V=32000" not in said
+
+
 def test_an_interrupt_reports_every_row(monkeypatch):
     calls_made = []
 
@@ -319,6 +346,8 @@ def test_the_command_runs_writes_and_compares(tmp_path, capsys):
         (["--compare", "missing.jsonl"], "missing.jsonl"),
         (["--op", "gae", "--row", "nothing"], "no row nothing (known: "),
         (["--op", "gae", "--mode", "fwd+bwd"], "no mode fwd+bwd (known: fwd)"),
+        (["--shape", "M"], "--shape: 'M' is not as 'M=1024 V=32000'"),
+        (["--op", "gae", "--shape", "M=7"], "no shape with M=7 (known: B="),
         (["--rounds", "0"], "--rounds: 0 is not above 0"),
         (["--threads", "-1"], "--threads: -1 is not above 0"),
         (["--limit", "0"], "--limit: 0 is not above 0"),
