@@ -65,8 +65,9 @@ def linear_logprob(
         memory: "recompute" makes the logits once more in backward; "save" keeps them, (M, V) in the
             dtype of hidden, which costs that memory and saves a product. In half precision "save"
             rounds them, in the forward too. "auto" saves where that is small and changes no bit:
-            float32 logits on a CPU, of hidden and ref_hidden together at most a quarter of
-            HYDRA_LOGPROB_BUDGET_MB (16 MiB by default), where D is 256 or more; else it recomputes.
+            on a CPU in float32, whatever hidden is, of hidden and ref_hidden together at most a
+            quarter of HYDRA_LOGPROB_BUDGET_MB (16 MiB by default), where D is 256 or more; else it
+            recomputes.
         backend: "cuda", "cpu", "triton" or "reference"; None for the first that can run these.
 
     Returns:
@@ -113,7 +114,7 @@ def linear_logprob(
             0.0 if softcap is None else float(softcap),
             ref_rows,
             ignore_index,
-            _saves(memory, chosen, rows, weight, bias, ref_rows),
+            _saved_as(memory, chosen, rows, weight, bias, ref_rows),
             chosen,
         )
         if recording.watched():
@@ -125,20 +126,22 @@ def linear_logprob(
     return LinearLogprob(*(None if t is None else t.reshape(targets.shape) for t in out))
 
 
-def _saves(
+def _saved_as(
     memory: str,
     chosen: str,
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ref_rows: Tensor | None,
-) -> bool:
+) -> torch.dtype | None:
+    """What the logits are kept in until backward; None: they are made once more."""
     if memory == "recompute" or not torch.is_grad_enabled():
-        return False
+        return None
     if memory == "save":
-        return True
+        return rows.dtype
     differentiated = any(t is not None and t.requires_grad for t in (rows, weight, bias))
-    return chosen == "cpu" and differentiated and cpu.saves_unasked(rows, weight, ref_rows)
+    saves = chosen == "cpu" and differentiated and cpu.saves_unasked(rows, weight, ref_rows)
+    return torch.float32 if saves else None
 
 
 def _check(
@@ -207,7 +210,7 @@ def _check(
             )
 
 
-def _fwd(inputs: LogprobInputs, save: bool, chosen: str) -> tuple[Tensor, ...]:
+def _fwd(inputs: LogprobInputs, save: torch.dtype | None, chosen: str) -> tuple[Tensor, ...]:
     """The five results; entropy and kl once more, norms, and the saved logits, empty where there
     are none."""
     results, norms, saved, ref_saved = registry.kernel(_OP, chosen).fwd(inputs, save)
@@ -245,8 +248,10 @@ def _bwd_args(ctx, grads: tuple[Tensor | None, ...]) -> tuple | None:
     if upstream[3] is None:
         ref_hidden = None
     inputs = LogprobInputs(*head, softcap, ref_hidden, ignore_index)
-    save_ref = save and ref_hidden is not None
-    kept = LogprobKept(*means, norms, saved if save else None, ref_saved if save_ref else None)
+    save_ref = save is not None and ref_hidden is not None
+    kept = LogprobKept(
+        *means, norms, None if save is None else saved, ref_saved if save_ref else None
+    )
     need = ctx.needs_input_grad
     return (*upstream, *inputs, *kept, [need[0], need[1], need[3]], chosen)
 
@@ -319,7 +324,7 @@ _INPUTS_SCHEMA = (
 )
 _KEPT_SCHEMA = "Tensor entropy, Tensor kl, Tensor norms, Tensor? saved, Tensor? ref_saved"
 _UPSTREAM_SCHEMA = "Tensor? dlogprobs, Tensor? dentropy, Tensor? dlogsumexp, Tensor? dkl"
-_FWD_SCHEMA = f"({_INPUTS_SCHEMA}, bool save, str chosen) -> ({', '.join(['Tensor'] * 9)})"
+_FWD_SCHEMA = f"({_INPUTS_SCHEMA}, ScalarType? save, str chosen) -> ({', '.join(['Tensor'] * 9)})"
 _BWD_SCHEMA = (
     f"({_UPSTREAM_SCHEMA}, {_INPUTS_SCHEMA}, {_KEPT_SCHEMA}, bool[] wanted, str chosen)"
     " -> (Tensor, Tensor, Tensor)"
@@ -344,7 +349,10 @@ def _(*args):
         torch.empty_like(ref),
         row.new_empty(2, M),
         row.new_empty(4, M),
-        *(inputs.hidden.new_empty((M, V) if kept else 0) for kept in (save, save and has_ref)),
+        *(
+            inputs.hidden.new_empty((M, V) if kept else 0, dtype=save if kept else None)
+            for kept in (save is not None, save is not None and has_ref)
+        ),
     )
 
 

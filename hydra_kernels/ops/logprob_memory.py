@@ -78,7 +78,7 @@ def _on_cpu(
     return LogprobMemory(
         kept,
         copies + head + (n * block if not saves or padded != M else 0) + 17 * 4 * M,
-        (0 if saves else copies + head) + 4 * padded * depth + (1 if saves else n) * block,
+        head + (0 if saves else copies) + 4 * padded * depth + (1 if saves else n) * block,
     )
 
 

@@ -673,7 +673,7 @@ def test_a_target_that_nobody_could_check_gives_nan():
     """Under torch.compile, as on a GPU, targets are not looked at before they are used."""
     inputs = make_inputs(4, 16, 20, "cpu")
     targets = torch.tensor([3, 20, -1, -100])
-    rest = (None, torch.ones(()), 0.0, None, -100, False, "cpu")
+    rest = (None, torch.ones(()), 0.0, None, -100, None, "cpu")
     logprobs, entropy, *_ = torch.ops.hydra.linear_logprob_fwd(
         inputs["hidden"], inputs["weight"], targets, *rest
     )

@@ -18,7 +18,7 @@ def saves(monkeypatch):
     kernel = registry.kernel("linear_logprob", "cpu")
 
     def fwd(inputs, save):
-        seen.append(save)
+        seen.append(save is not None)
         return kernel.fwd(inputs, save)
 
     spied = registry.Kernel(fwd, kernel.bwd, kernel.unsupported, kernel.missing)
@@ -26,12 +26,13 @@ def saves(monkeypatch):
     return seen
 
 
-def make_inputs(M, V, depth=D, ignored=0.1):
+def make_inputs(M, V, depth=D, ignored=0.1, dtype=torch.float32):
     hidden = torch.randn(M, depth)
     targets = torch.randint(V, (M,))
     targets[torch.rand(M) < ignored] = -100
-    weight = 3.0 * depth**-0.5 * torch.randn(V, depth)
-    return hidden, weight, targets, hidden + 0.3 * torch.randn(M, depth), torch.randn(4, M)
+    weight = (3.0 * depth**-0.5 * torch.randn(V, depth)).to(dtype)
+    ref_hidden = (hidden + 0.3 * torch.randn(M, depth)).to(dtype)
+    return hidden.to(dtype), weight, targets, ref_hidden, torch.randn(4, M)
 
 
 def run(hidden, weight, targets, ref_hidden, upstream, call=linear_logprob, **kw):
@@ -53,8 +54,9 @@ def run(hidden, weight, targets, ref_hidden, upstream, call=linear_logprob, **kw
 @pytest.mark.parametrize("M, V", [(1, 40), (45, 257), (250, 1500), (100, 33)])
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("has_ref", [False, True])
-def test_is_recompute_bit_for_bit(saves, M, V, options, has_ref):
-    hidden, weight, targets, ref_hidden, upstream = make_inputs(M, V)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_recompute_bit_for_bit(saves, M, V, options, has_ref, dtype):
+    hidden, weight, targets, ref_hidden, upstream = make_inputs(M, V, dtype=dtype)
     inputs = (hidden, weight, targets, ref_hidden if has_ref else None, upstream)
     kept = run(*inputs, **options)
     made = run(*inputs, memory="recompute", **options)
@@ -85,7 +87,9 @@ def test_where_it_saves(monkeypatch):
     assert asks(512, 8192) and not asks(513, 8192), "16 MiB"
     assert asks(256, 8192, has_ref=True) and not asks(257, 8192, has_ref=True)
     assert not asks(1, 8, depth=D - 1)
-    assert not asks(1, 8, dtype=torch.float16) and not asks(1, 8, dtype=torch.bfloat16)
+    for half in (torch.float16, torch.bfloat16):
+        assert asks(512, 8192, D, half) and not asks(513, 8192, D, half), "in float32"
+        assert not asks(1, 8, D - 1, half)
     monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", "1")
     assert asks(8, 8192) and not asks(9, 8192)
 

@@ -31,7 +31,9 @@ def moves(call):
         (300, 256, 2000, torch.float32, 4 * 300 * 2000),  # small enough to be kept
         (300, 64, 2000, torch.float32, 0),  # too narrow to be worth it
         (1500, 256, 3000, torch.float32, 0),  # 18 MB
-        (300, 256, 2000, torch.float16, 0),
+        (300, 255, 2000, torch.float16, 0),
+        (300, 256, 2000, torch.bfloat16, 4 * 300 * 2000),
+        (300, 256, 2000, torch.float16, 4 * 300 * 2000),
     ],
 )
 def test_of_a_cpu(M, D, V, dtype, kept, reference):

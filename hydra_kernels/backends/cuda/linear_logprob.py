@@ -31,8 +31,11 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     ]
 
 
-def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
+def fwd(
+    inputs: LogprobInputs, save: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved, in
+    the dtype of hidden."""
     hidden, ref_hidden, targets = inputs.hidden, inputs.ref_hidden, inputs.targets
     M, _, V = inputs.sizes
     walk = _Walk(inputs)

@@ -177,8 +177,11 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved."""
+def fwd(
+    inputs: LogprobInputs, save: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns results (5, M), norms (4, M), and the logits of both where they are to be saved, in
+    the dtype of hidden."""
     hidden, weight, targets, bias, temperature, softcap, ref_hidden, ignore_index = inputs
     M, D, V = inputs.sizes
     has_ref = ref_hidden is not None
@@ -215,7 +218,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
             HAS_REF=has_ref,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap > 0.0,
-            SAVE=save,
+            SAVE=save is not None,
             EVEN_D=D % config["BLOCK_D"] == 0,
             PRECISION=_precision(hidden.dtype),
             **blocks,
@@ -237,7 +240,7 @@ def fwd(inputs: LogprobInputs, save: bool) -> tuple[Tensor, Tensor, Tensor | Non
         return results, norms, saved, ref_saved
 
     with launch.on_device(hidden):
-        run(_choose("linear_logprob_fwd", inputs, save, run))
+        run(_choose("linear_logprob_fwd", inputs, save is not None, run))
     return results, norms, saved, ref_saved
 
 
