@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_WIDTH = 110  # columns where stdout is not a terminal
 PLAIN_LINES = 10  # lines a stage prints there
@@ -17,9 +17,26 @@ PLAIN_LINES = 10  # lines a stage prints there
 class ProgressBar:
     """What ``Tracker.progress`` yields."""
 
+    def __init__(self, total: int):
+        self._total = total
+        self._started = time.perf_counter()
+        self._skipped: int | None = None  # steps of the run that this one goes on with
+
     def update(self, step: int, **figures: Any) -> None:
         """``step`` steps are done; ``figures`` are the ones to show, in this order."""
+        self._skipped = max(step - 1, 0) if self._skipped is None else self._skipped
+        self._show(step, figures)
+
+    def _show(self, step: int, figures: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _seconds(self) -> float:
+        """Since the bar was made."""
+        return time.perf_counter() - self._started
+
+    def _left(self, step: int) -> float:
+        """Seconds that the steps after ``step`` will take, by the mean of those made here."""
+        return self._seconds() / max(step - (self._skipped or 0), 1) * (self._total - step)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -37,22 +54,25 @@ def progress_bar(console: Console, stage: str, total: int) -> ProgressBar:
 
 class _RichBar(ProgressBar):
     def __init__(self, console: Console, stage: str, total: int):
+        super().__init__(total)
         self._bar = Progress(
             TextColumn("[bold]{task.description:<12}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            # Not rich's own, which knows no time left where a step takes over half a minute.
+            TextColumn("[cyan]{task.fields[clock]}"),
             TextColumn("{task.fields[figures]}"),
             console=console,
         )
-        self._task = self._bar.add_task(stage, total=total, figures="")
+        self._task = self._bar.add_task(stage, total=total, figures="", clock="--:--")
 
-    def update(self, step: int, **figures: Any) -> None:
-        shown = "  ".join(f"[dim]{_label(k)}[/dim] {format_figure(v)}" for k, v in figures.items())
+    def _show(self, step: int, figures: dict[str, Any]) -> None:
+        clock = _clock(self._left(step) if 0 < step < self._total else self._seconds())
+        fields: dict[str, Any] = {"clock": clock if step > 0 else "--:--"}
         if figures:
-            self._bar.update(self._task, completed=step, figures=shown)
-        else:
-            self._bar.update(self._task, completed=step)
+            shown = (f"[dim]{_label(k)}[/dim] {format_figure(v)}" for k, v in figures.items())
+            fields["figures"] = "  ".join(shown)
+        self._bar.update(self._task, completed=step, **fields)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -66,27 +86,21 @@ class _PlainBar(ProgressBar):
     """A line at the first step, at every tenth of the way and at the last."""
 
     def __init__(self, console: Console, stage: str, total: int):
-        self._console, self._stage, self._total = console, stage, total
-        self._started = time.perf_counter()
+        super().__init__(total)
+        self._console, self._stage = console, stage
         self._printed = -1
-        self._skipped: int | None = None  # steps of the run that this one goes on with
         self._figures: dict[str, Any] = {}
 
-    def update(self, step: int, **figures: Any) -> None:
-        self._skipped = max(step - 1, 0) if self._skipped is None else self._skipped
+    def _show(self, step: int, figures: dict[str, Any]) -> None:
         self._figures.update(figures)
         part = step * PLAIN_LINES // max(self._total, 1)
         if part == self._printed:
             return
         self._printed = part
         shown = "".join(f"  {_label(k)} {format_figure(v)}" for k, v in self._figures.items())
-        seconds = time.perf_counter() - self._started
-        left = ""
-        if 0 < step < self._total:
-            each = seconds / max(step - self._skipped, 1)
-            left = f", {each * (self._total - step):.0f} s left"
+        left = f", {self._left(step):.0f} s left" if 0 < step < self._total else ""
         self._console.print(
-            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{left}{shown}",
+            f"{self._stage:<12} {step:>5}/{self._total}  {self._seconds():6.1f} s{left}{shown}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -127,3 +141,9 @@ def number(value: Any) -> float | int | None:
 
 def _label(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

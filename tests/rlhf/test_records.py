@@ -149,6 +149,39 @@ def test_on_a_terminal_progress_is_a_bar():
     assert "2/2" in captured.get() and "0.250" in captured.get()
 
 
+@pytest.mark.parametrize(
+    ("each", "expected"),
+    [(4.0, ["00:12", "00:08", "00:04", "00:16"]), (400.0, ["20:00", "13:20", "06:40", "26:40"])],
+    ids=["quick", "slow"],
+)
+def test_on_a_terminal_time_left_is_reckoned_by_the_steps_made(each, expected, monkeypatch):
+    """After a resume too, and where a step takes minutes; at the end it is the time taken."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    console = Console(force_terminal=True, width=100)
+    shown = []
+    with Tracker(None, console=console).progress("PPO", 10) as bar:
+        for step in (7, 8, 9, 10):  # 6 were made before
+            clock["now"] += each
+            with console.capture() as captured:
+                bar.update(step, kl=0.1)
+                bar._bar.refresh()
+            shown.append(captured.get())
+    assert [told in line for told, line in zip(expected, shown, strict=True)] == [True] * 4
+
+
+def test_on_a_terminal_hours_are_told_apart(monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    console = Console(force_terminal=True, width=100)
+    with console.capture() as captured, Tracker(None, console=console).progress("PPO", 3) as bar:
+        bar.update(0)
+        bar._bar.refresh()
+        clock["now"] = 3661.0
+        bar.update(1)
+    assert "--:--" in captured.get() and "2:02:02" in captured.get()
+
+
 def test_config_is_plain_values(tmp_path):
     assert plain({"path": tmp_path, "pair": (1, None)}) == {
         "path": str(tmp_path),
