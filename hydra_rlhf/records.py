@@ -39,6 +39,9 @@ from hydra_rlhf.progress import ProgressBar, make_console, number, progress_bar
 MARKER = "run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SETTINGS = "config.yaml"
+EVENTS = "tensorboard"
+UNUSED = "unused"  # in run.json: what was in the folder when an error came before the first step
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "triton")
 
 _log = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ def open_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
     """Check that a run may be written to ``path``, and make or empty the folder.
 
     Call it once every other input has been checked: with ``overwrite`` it deletes the run that
-    was there.
+    was there. One that an error ended before its first step is replaced without.
 
     Raises:
         UserError: the folder holds a run and neither ``overwrite`` nor ``resume`` is set; it holds
@@ -57,7 +60,7 @@ def open_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
     path = Path(path)
     check_run_dir(path, overwrite=overwrite, resume=resume)
     try:
-        if overwrite and path.exists():
+        if path.exists() and not resume:
             for entry in path.iterdir():
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
@@ -88,18 +91,31 @@ def check_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = F
         return
     if not holds_run:
         raise UserError(f"output folder {path} is not empty and holds no run: choose another")
-    if not overwrite:
+    if not overwrite and not _is_unused(path):
         raise UserError(
             f"output folder {path} already holds a run (started {_started(path)}): "
             "choose another, or pass --overwrite to replace it"
         )
 
 
-def _started(path: Path) -> str:
+def _is_unused(path: Path) -> bool:
+    """Whether an error ended the run there before its first step, and nothing came since."""
+    left = _marker(path).get(UNUSED)
+    if not isinstance(left, list) or not {p.name for p in path.iterdir()} <= set(left):
+        return False
+    return not (path / METRICS).is_file() or (path / METRICS).stat().st_size == 0
+
+
+def _marker(path: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((path / MARKER).read_text())["started"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "at an unknown time"
+        found = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _started(path: Path) -> str:
+    return str(_marker(path).get("started", "at an unknown time"))
 
 
 class Tracker:
@@ -133,6 +149,7 @@ class Tracker:
         self._metrics = None
         self._events: Any = None
         self._others: list[Any] = []
+        self._own = {MARKER, SETTINGS, METRICS, SAMPLES, EVENTS, *log_with}
         self._global_step = 0
         self._rewind: set[str] | None = set() if resume else None
         if self.run_dir is None or not is_main:
@@ -141,18 +158,22 @@ class Tracker:
         settings = plain(config)
         if not resume:
             _write_text(self.run_dir / MARKER, json.dumps(describe_run(command), indent=2) + "\n")
-            (self.run_dir / "config.yaml").write_text(
+            (self.run_dir / SETTINGS).write_text(
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
             )
         else:
             self._goes_on_after(read_metrics(self.run_dir))
         self._metrics = open(self.run_dir / METRICS, "a", buffering=1, encoding="utf-8")
         if not resume:
-            self._events = _tensorboard_writer(self.run_dir / "tensorboard")
+            self._events = _tensorboard_writer(self.run_dir / EVENTS)
         if log_with:
             from hydra_rlhf import trackers
 
-            self._others = trackers.start(log_with, self.run_dir, settings or {})
+            try:
+                self._others = trackers.start(log_with, self.run_dir, settings or {})
+            except BaseException:
+                self._leave_unused()
+                raise
 
     def log(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Record the figures of one step of ``stage``; tensors of one element are read here."""
@@ -205,7 +226,7 @@ class Tracker:
         self._goes_on_after(read_metrics(self.run_dir))
         self._metrics = open(file, "a", buffering=1, encoding="utf-8")
         if self._events is None:
-            self._events = _tensorboard_writer(self.run_dir / "tensorboard", purge_step=step)
+            self._events = _tensorboard_writer(self.run_dir / EVENTS, purge_step=step)
 
     def _goes_on_after(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self._global_step = len(lines)
@@ -249,11 +270,22 @@ class Tracker:
             tracker.finish()
         self._others = []
 
+    def _leave_unused(self) -> None:
+        """Says in run.json that the folder may be taken again: nothing in it took a step."""
+        if self.run_dir is None or self._rewind is not None or self._global_step:
+            return
+        names = sorted(p.name for p in self.run_dir.iterdir())
+        if set(names) <= self._own:
+            marker = _marker(self.run_dir) | {UNUSED: names}
+            _write_text(self.run_dir / MARKER, json.dumps(marker, indent=2) + "\n")
+
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
         self.close()
+        if kind is not None:
+            self._leave_unused()
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, numeric: int = 0) -> Table:

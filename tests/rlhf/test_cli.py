@@ -217,6 +217,22 @@ def test_an_output_folder_with_a_run_is_kept(tmp_path, model, pairs, capsys):
     assert cli.main([str(a) for a in [*base, "--overwrite"]]) == 0
 
 
+def test_a_reward_function_that_fails_leaves_a_folder_that_can_be_used(
+    tmp_path, model, pairs, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rewards = tmp_path / "rewards_that_fail_at_first.py"
+    rewards.write_text("def score(prompts, completions): return [float(c) for c in completions]")
+    argv = ["ppo", "--sft-model-path", model, "--prompts", pairs, "--output-dir", "run"]
+    argv += ["--reward-fn", f"{rewards.name}:score", "--max-steps", "1", "--response-length", "2"]
+    assert "reward function score raised ValueError" in fails(capsys, *argv)
+    monkeypatch.delitem(sys.modules, rewards.stem)
+    rewards.write_text("def score(prompts, completions): return [len(c) for c in completions]")
+    assert cli.main([str(a) for a in argv]) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "already holds a run" in fails(capsys, *argv)
+
+
 def test_overwriting_what_a_run_starts_from_is_refused(tmp_path, model, pairs, capsys):
     """`ppo --sft-model-path runs/a --output-dir runs/a --overwrite` would leave adapters alone."""
     run = tmp_path / "run"

@@ -51,6 +51,48 @@ def test_overwrite_never_deletes_what_is_not_a_run(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def failed_run(path, steps=0, **kwargs):
+    with pytest.raises(ZeroDivisionError), Tracker(path, {"seed": 3}, **kwargs) as tracker:
+        for step in range(steps):
+            tracker.log(step + 1, {"loss": 1.0}, "sft")
+        tracker.log_samples(1, [{"prompt": "p"}], "ppo")
+        raise ZeroDivisionError
+    return path
+
+
+def test_a_run_that_failed_before_its_first_step_is_replaced(tmp_path):
+    run = failed_run(open_run_dir(tmp_path / "run"))
+    assert (run / "run.json").exists()
+    check_run_dir(run)
+    assert list(open_run_dir(run).iterdir()) == []
+    failed_run(run)
+    open_run_dir(run, resume=True)  # which keeps it, and may go on
+    assert (run / "run.json").exists()
+    with Tracker(run, resume=True) as tracker:
+        tracker.log(1, {"loss": 1.0}, "sft")
+    with pytest.raises(UserError, match="already holds a run"):
+        open_run_dir(run)
+
+
+def test_a_run_that_failed_and_left_something_is_kept(tmp_path):
+    """A step, a checkpoint or a batch at fault, or what came into the folder later."""
+    with_steps = failed_run(open_run_dir(tmp_path / "steps"), steps=1)
+    (open_run_dir(tmp_path / "fault") / "faults").mkdir()
+    with_fault = failed_run(tmp_path / "fault")
+    later = failed_run(open_run_dir(tmp_path / "later"))
+    (later / "notes.txt").write_text("x")
+    (open_run_dir(tmp_path / "killed") / "run.json").write_text("[]")
+    for run in (with_steps, with_fault, later, tmp_path / "killed"):
+        with pytest.raises(UserError, match="already holds a run"):
+            open_run_dir(run)
+
+
+def test_a_tracker_that_does_not_start_leaves_a_folder_that_can_be_used(tmp_path):
+    with pytest.raises(UserError, match="unknown tracker"):
+        Tracker(open_run_dir(tmp_path / "run"), log_with=("nonsense",))
+    assert list(open_run_dir(tmp_path / "run").iterdir()) == []
+
+
 def test_overwrite_does_not_follow_links(tmp_path):
     run = finished_run(tmp_path / "run")
     (tmp_path / "kept").mkdir()
