@@ -170,7 +170,7 @@ def run(config: DemoConfig) -> Evaluation:
         tokenizer = evaluate.load_tokenizer(run_dir / "sft")
         prompts = bundled.demo_prompts("train")
         result = ppo.train(ppo_config, models, tokenizer, prompts, tracker)
-        ppo.save(models, tokenizer, run_dir / "ppo", str(run_dir / "sft"))
+        ppo.save(models, tokenizer, run_dir / "ppo", ppo_config)
         last = result.metrics[-1] if result.metrics else {}
         write_cards(run_dir / "ppo", ppo_config, last, "the bundled demo prompts")
         del models

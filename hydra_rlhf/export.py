@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from hydra_rlhf import evaluate, run_sampling
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
 from hydra_rlhf.pretrained import TRL_HEAD, base_of, head_file, trl_value_head
@@ -23,6 +24,9 @@ from hydra_rlhf.pretrained import TRL_HEAD, base_of, head_file, trl_value_head
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """Writes base + adapter as one model that needs neither PEFT nor this package.
+
+    The policy of a PPO run gets a generation_config.json that samples it as it was trained; any
+    other keeps its base's.
 
     Args:
         adapter: PEFT folder, such as ``run/actor``.
@@ -33,7 +37,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
         ``out``.
 
     Raises:
-        UserError: the adapter or its base cannot be read, or ``out`` is not empty.
+        UserError: the adapter, its base or the record of its run cannot be read, or ``out`` is not
+            empty.
     """
     out = _empty_folder(out)
     adapter = Path(adapter)
@@ -53,6 +58,10 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | No
         merged = peft.PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         raise UserError(f"{adapter} does not fit {base}: {first_line(e)}") from e
+    settings = run_sampling.recorded(adapter)
+    if settings:
+        tokenizer = evaluate.load_tokenizer(base)
+        merged.generation_config = run_sampling.generation_config(settings, tokenizer)
     merged.save_pretrained(out)
     _copy_tokenizer(base, out)
     return out

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from hydra_rlhf import rollout as rollouts
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.records import MARKER
 
@@ -107,3 +109,30 @@ def recorded(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {}
     return {name: settings[name] for name in DEFAULTS if name in settings}
+
+
+def generation_config(
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """What makes ``generate``, or vLLM, sample a policy as it was trained.
+
+    Nothing of the base's own file is left: what a base was tuned to be sampled with, such as a
+    repetition penalty, is not what the policy was rewarded for. How long an answer may be is left
+    to whoever asks.
+
+    Args:
+        settings: Of DEFAULTS', as :func:`recorded` gives them.
+        tokenizer: Of the policy.
+    """
+    values = DEFAULTS | dict(settings)
+    stop_ids = rollouts.stop_token_ids(tokenizer, values["stop_token"], values["stop_token_id"])
+    return GenerationConfig(
+        do_sample=True,
+        temperature=values["temperature"],
+        top_k=values["top_k"],
+        top_p=values["top_p"],
+        min_new_tokens=values["min_response_length"] or None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(stop_ids),
+        pad_token_id=rollouts.pad_token_id(tokenizer),
+    )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
-from hydra_rlhf import data, evaluate, ppo, sft, sharding
+from hydra_rlhf import data, evaluate, ppo, run_sampling, sft, sharding
 from hydra_rlhf.cards import write_cards
 from hydra_rlhf.commands.inputs import (
     TrainingOutput,
@@ -120,7 +120,7 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
             tracker.say(stopped(result.stopped_by, result.saved))
             raise SystemExit(128 + result.stopped_by)
         if accelerator.is_main_process:
-            save(models, tokenizer, run_dir, config.sft_model_path)
+            save(models, tokenizer, run_dir, config)
             figures = [line for line in read_metrics(run_dir) if line.get("stage") == "ppo"]
             write_cards(run_dir, config, figures[-1] if figures else {}, given.prompts)
             tracker.plot()
@@ -134,11 +134,16 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
     return result
 
 
-def save(models: MethodModels, tokenizer: Any, folder: Path, base_model: str) -> None:
-    """``models.save``; a policy that is a whole model, as of method ppo, gets its tokenizer."""
-    models.save(folder, base_model=base_model)
+def save(models: MethodModels, tokenizer: Any, folder: Path, config: PPOConfig) -> None:
+    """``models.save``; a policy that is a whole model, as of method ppo, gets what it lacks.
+
+    Its tokenizer, and a generation_config.json that samples it as it was trained.
+    """
+    models.save(folder, base_model=config.sft_model_path)
     if not models.actor.adapters:
         tokenizer.save_pretrained(folder / "actor")
+        settings = {name: getattr(config, name) for name in run_sampling.DEFAULTS}
+        run_sampling.generation_config(settings, tokenizer).save_pretrained(folder / "actor")
 
 
 def train(

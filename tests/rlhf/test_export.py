@@ -1,6 +1,7 @@
 """Models in other people's formats: merged, as a classifier, and TRL's value heads."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,14 +11,25 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from hydra_rlhf import cli, pretrained
+from hydra_rlhf.commands import ppo as ppo_command
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.evaluate import load_policy
 from hydra_rlhf.export import export_classifier, import_value_head, merge_adapter
-from hydra_rlhf.methods import build_method
+from hydra_rlhf.methods import build_method, method_from_model
 from hydra_rlhf.model import VALUE_HEAD, HydraModel, position_ids
 from hydra_rlhf.rewards import ClassifierReward
-from tests.rlhf.families import FAMILIES, PROMPTS, batch, make_lm, make_model, make_tokenizer
+from tests.rlhf.families import (
+    EOS,
+    FAMILIES,
+    PAD,
+    PROMPTS,
+    batch,
+    make_lm,
+    make_model,
+    make_tokenizer,
+)
 from tests.rlhf.test_ppo import settings
+from tests.rlhf.test_run_sampling import run_folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,6 +49,59 @@ def test_merged_model_is_the_actor(family, tmp_path):
     assert (expected - base).abs().max() > 1e-2
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert tokenizer.encode("w3 w4") == [3, 4]
+
+
+def tuned_base(folder):
+    """A base whose own generation settings are not those of plain sampling."""
+    lm = make_lm("llama")
+    lm.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=20, top_p=0.8, repetition_penalty=1.3, eos_token_id=7
+    )
+    lm.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+TRAINED = settings(
+    temperature=0.7, top_p=0.9, min_response_length=2, stop_token_id=9, response_length=5
+)
+
+
+def as_trained(folder):
+    """The generation settings in a folder, less those that are not set."""
+    found = transformers.GenerationConfig.from_pretrained(folder).to_diff_dict()
+    return {k: v for k, v in found.items() if k != "transformers_version"}
+
+
+EXPECTED = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 0.9,
+    "min_new_tokens": 2,
+    "eos_token_id": [EOS, 9],
+    "pad_token_id": PAD,
+}
+
+
+def test_a_merged_policy_is_sampled_as_it_was_trained(tmp_path):
+    tuned_base(tmp_path / "sft")
+    run_folder(tmp_path / "run", ppo=dataclasses.asdict(TRAINED))
+    model = make_model("llama", trained=True)
+    for folder in ("run", "other"):
+        model.save_adapters(tmp_path / folder, base_model=str(tmp_path / "sft"))
+        merge_adapter(tmp_path / folder / "actor", tmp_path / f"{folder}-merged")
+    assert as_trained(tmp_path / "run-merged") == EXPECTED
+    # An adapter that lies in no run of PPO's keeps what its base came with.
+    assert as_trained(tmp_path / "other-merged") == as_trained(tmp_path / "sft")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run-merged")
+    assert merged.generate(torch.full((2, 3), 5), max_new_tokens=2).shape == (2, 5)
+
+
+def test_a_policy_that_is_a_whole_model_is_sampled_as_it_was_trained(tmp_path):
+    tuned_base(tmp_path / "sft")
+    models = method_from_model("ppo", HydraModel.from_pretrained(tmp_path / "sft"))
+    ppo_command.save(models, make_tokenizer(), tmp_path / "run", TRAINED)
+    assert as_trained(tmp_path / "run" / "actor") == EXPECTED
 
 
 def test_a_base_is_found_from_another_folder(tmp_path, monkeypatch):
