@@ -16,6 +16,7 @@ if "triton" not in fast_backends("lora_linear"):
 
 from hydra_kernels.backends.triton import lora_linear as kernel
 from hydra_kernels.backends.triton import lora_linear_tiles as tiles
+from hydra_kernels.backends.triton.lora_linear_gates import Gates
 
 DEVICE = device_of("triton")
 FLOAT, HALF = torch.float32, torch.float16
@@ -71,9 +72,9 @@ def test_every_choice_of_blocks_gives_the_same_answer(monkeypatch, chosen, dtype
     for turn in range(turns):
         chosen.turn = turn
         assert_near_float64(*call)
-    names = {"lora_linear_shrink", "lora_linear_append", "lora_linear_contract"}
+    names = {"lora_linear_shrink", "lora_linear_fwd", "lora_linear_contract"}
     assert turns > 2 and set(chosen.seen) == names
-    for name in names - {"lora_linear_append"}:  # cuBLAS chooses by M too
+    for name in names - {"lora_linear_fwd"}:  # cuBLAS chooses by M too
         # a row's result is the same in any batch
         assert all("M" not in sizes for sizes in chosen.seen[name])
 
@@ -90,6 +91,8 @@ def test_candidates_are_different_and_blocks_of_ranks_the_default_s(dtype, dropo
             assert {config["BLOCK_R"] for config in found} == {tiles.rank_block(ranks, dtype)}
 
 
+# Of a call's first projection, and of the others.
+PRODUCTS = ("lora_linear_fwd", "lora_linear_append")
 APPENDED = {"APPEND": 1, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_K": 16, "BLOCK_R": 16, "GROUP": 2}
 APPENDED["TMA"] = 0
 
@@ -101,7 +104,7 @@ def appended(monkeypatch):
     append = kernel._append
 
     def choose(name, tensor, sizes, candidates, launch):
-        return APPENDED if name == "lora_linear_append" else candidates[0]
+        return APPENDED if name in PRODUCTS else candidates[0]
 
     def counted(*arguments):
         calls.append(arguments)
@@ -133,7 +136,7 @@ def described(monkeypatch):
     taken = []
 
     def choose(name, tensor, sizes, candidates, launch):
-        if name != "lora_linear_append":
+        if name not in PRODUCTS:
             return candidates[0]
         offered = sizes["tma"]
         assert offered == any(config.get("TMA", 0) for config in candidates)
@@ -234,7 +237,7 @@ def test_blocks_of_rows_start_and_stop_at_their_own_adapters_ranks(dtype):
 
 def gates_of(ids, counts, owners, ranks, num_adapters):
     plan = Plan(counts, owners, (1.0,) * len(owners), num_adapters, 0.0)
-    return kernel._Gates(plan, ranks, ids, torch.empty(len(ids), 8, device=DEVICE))
+    return Gates(plan, ranks, ids, torch.empty(len(ids), 8, device=DEVICE))
 
 
 def test_spans_by_hand():

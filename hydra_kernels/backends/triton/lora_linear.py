@@ -3,8 +3,9 @@
 shrink: s = gate * (drop(x) A^T). expand: y = drop(s B^T) + bias, to which cuBLAS then adds the wide
 product. append: the wide product and s B^T in one kernel, only where the tuning table or
 HYDRA_AUTOTUNE=1 has found it to be faster than those two; from Hopper on it may read and write by
-descriptors, where rows are aligned. contract: the sums of backward over rows
-and over columns, dS and dB in one read of dY and dA in one of x; it writes partial sums, which
+descriptors, where rows are aligned. joint (lora_linear_joint_kernels.py): shrink and append in one
+grid, forward and in dX, again only where found to be faster. contract: the sums of backward over
+rows and over columns, dS and dB in one read of dY and dA in one of x; it writes partial sums, which
 reduce adds in their order, so that nothing depends on timing.
 
 Blocks of rows with no adapter of a block of ranks skip its loads and products, by one test on the
@@ -20,19 +21,21 @@ forward).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from hydra_kernels.backends import launch, registry, tuning
-from hydra_kernels.backends.lora_plan import Plan, columns, concatenated, saves_s, split_columns
+from hydra_kernels.backends.lora_plan import Plan, concatenated, saves_s, split_columns
 from hydra_kernels.backends.reference import philox
+from hydra_kernels.backends.triton import lora_linear_joint as joint
 from hydra_kernels.backends.triton import lora_linear_tiles as tiles
 from hydra_kernels.backends.triton import runtime
+from hydra_kernels.backends.triton.lora_linear_append import append as _append
+from hydra_kernels.backends.triton.lora_linear_append import describable
+from hydra_kernels.backends.triton.lora_linear_gates import Gates
 from hydra_kernels.backends.triton.lora_linear_kernels import (
-    lora_linear_append_kernel,
     lora_linear_contract_kernel,
     lora_linear_expand_kernel,
     lora_linear_reduce_kernel,
@@ -46,50 +49,7 @@ def unsupported(*tensors: Tensor | None) -> list[str]:
     return [*runtime.wrong_device(*tensors), *registry.wrong_dtype(_DTYPES, *tensors)]
 
 
-class _Gates:
-    """The tensors that say which rank runs on which row."""
-
-    def __init__(self, plan: Plan, ranks: Sequence[int], ids: Tensor | None, x: Tensor) -> None:
-        self.owner, self.scale = columns(plan, tuple(ranks), torch.float32, x.device)
-        self.plan, self.adapter_ranks, self.part = plan, tuple(ranks), (0, sum(ranks))
-        self.ids = None if ids is None or ids.numel() == 0 else ids.contiguous()
-        count = 1 if self.ids is None else self.ids.numel()
-        self.rows_per_id = max(x.shape[0] // count, 1)
-
-    def ranks(self, start: int, stop: int) -> _Gates:
-        part = _Gates.__new__(_Gates)
-        part.owner, part.scale = self.owner[start:stop], self.scale[start:stop]
-        part.plan, part.adapter_ranks, part.part = self.plan, self.adapter_ranks, (start, stop)
-        part.ids, part.rows_per_id = self.ids, self.rows_per_id
-        return part
-
-    def spans(self, block: int) -> Tensor | None:
-        """(ids, 2) int32: an id's first rank and the one after its last; None where all ranks are
-        one block, and the search would cost more than it saves."""
-        start, stop = self.part
-        if self.ids is None or stop - start <= block:
-            return None
-        device = self.owner.device
-        if device.type != "cuda":
-            return _spans(self.plan, self.adapter_ranks, start, stop, device)
-        key = (_Gates, self.plan, self.adapter_ranks, start, stop, device)
-        return launch.constant(
-            key, device, lambda: _spans(self.plan, self.adapter_ranks, start, stop, device)
-        )
-
-
-def _spans(
-    plan: Plan, ranks: tuple[int, ...], start: int, stop: int, device: torch.device
-) -> Tensor:
-    owners = [o for o, rank in zip(plan.owners, ranks, strict=True) for _ in range(rank)]
-    spans = [[stop - start, 0] for _ in range(plan.num_adapters)]
-    for rank, owner in enumerate(owners[start:stop]):
-        spans[owner] = [min(spans[owner][0], rank), rank + 1]
-    flat = [end for span in spans for end in span]
-    return launch.table(flat, torch.int32, device).view(-1, 2)
-
-
-def _shrink(x: Tensor, a: Tensor, gates: _Gates, dropout: float, seed: Tensor | None) -> Tensor:
+def _shrink(x: Tensor, a: Tensor, gates: Gates, dropout: float, seed: Tensor | None) -> Tensor:
     """(M, R) in x's dtype, without the factor of dropout."""
     m, k = x.shape
     ranks = a.shape[0]
@@ -132,7 +92,7 @@ def _expand(
     s: Tensor,  # (M, R), rows apart by its stride
     factor: Tensor,  # (C, R)
     bias: Tensor | None,
-    gates: _Gates,
+    gates: Gates,
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
@@ -168,73 +128,72 @@ def _expand(
     return y
 
 
-def _append(
-    x: Tensor,  # (M, K)
-    weight: Tensor,  # (C, K)
+def _product(
+    x: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    s: Tensor,  # (M, R), rows apart by its stride
-    factor: Tensor,  # (C, R)
-    gates: _Gates,
+    s: Tensor,
+    factor: Tensor,
+    gates: Gates,
     config: tuning.Config,
 ) -> Tensor:
-    """x W^T + bias + s B^T in one kernel."""
-    m, k = x.shape
-    c = weight.shape[0]
-    y = x.new_empty((m, c))
-    blocks = {name: size for name, size in config.items() if name != "APPEND"}
-    given: tuple[Any, ...] = x, weight, y
-    if config["TMA"]:
-        rows, cols, inner = (config[f"BLOCK_{size}"] for size in "MCK")
-        sizes = [rows, inner], [cols, inner], [rows, cols]
-        given = tuple(map(runtime.descriptor, given, sizes))
-    grid = (triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(c, blocks["BLOCK_C"]),)
-    lora_linear_append_kernel[grid](
-        *given[:2],
-        bias,
-        s,
-        factor,
-        given[2],
-        gates.ids,
-        gates.owner,
-        gates.spans(blocks["BLOCK_R"]),
-        gates.plan.num_adapters,
-        m,
-        c,
-        k,
-        factor.shape[1],
-        weight.stride(0),
-        weight.stride(1),
-        s.stride(0),
-        factor.stride(0),
-        factor.stride(1),
-        gates.rows_per_id,
-        HAS_IDS=gates.ids is not None,
-        HAS_BIAS=bias is not None,
-        EVEN_K=k % blocks["BLOCK_K"] == 0,
-        **blocks,
-    )
-    return y
+    """x W^T + bias + s B^T."""
+    if config["APPEND"]:
+        return _append(x, weight, bias, s, factor, gates, config)
+    return _add_product(_expand(s, factor, bias, gates, 0.0, None), x, weight.t())
 
 
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, factor: Tensor, gates: _Gates
+def _later_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, factor: Tensor, gates: Gates
 ) -> Tensor:
     """x W^T + bias + s B^T, by whichever is known to be faster; by cuBLAS where neither is."""
 
     def run(config: tuning.Config) -> Tensor:
-        if config["APPEND"]:
-            return _append(x, weight, bias, s, factor, gates, config)
-        return _add_product(_expand(s, factor, bias, gates, 0.0, None), x, weight.t())
+        return _product(x, weight, bias, s, factor, gates, config)
 
     (m, k), (c, ranks) = x.shape, factor.shape
-    # The rows of y too, which does not exist yet.
-    tma = x.element_size() == 2 and c % 8 == 0 and runtime.has_tma(x, weight)
+    tma = describable(x, weight)
     candidates = tiles.append(ranks, x.dtype, tma)
     if m * c == 0:
         return run(candidates[0])
     # By M too: so does cuBLAS, which it is measured against, choose its kernels.
     sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size(), "tma": int(tma)}
     return run(tuning.choose("lora_linear_append", x, sizes, candidates, run))
+
+
+def _first_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,  # (sum R, K)
+    factor: Tensor,  # (N, R) of the first ranks
+    gates: Gates,  # of all ranks
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """s of all ranks, and x W^T + bias + s B^T, as ``_later_product`` or both by one kernel."""
+    (m, k), (c, ranks) = x.shape, factor.shape
+    mine = gates.ranks(0, ranks)
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
+        if config.get("JOINT"):
+            y, s, _ = joint.product(
+                x, weight, bias, a.t(), None, factor, gates, dropout, seed, config
+            )
+            return y, s
+        s = _shrink(x, a, gates, dropout, seed)
+        return _product(x, weight, bias, s[:, :ranks], factor, mine, config), s
+
+    tma = describable(x, weight)
+    whole = joint.covers(x, weight, a.shape[0])
+    candidates = tiles.append(ranks, x.dtype, tma)
+    if whole:
+        candidates += joint.candidates(a.shape[0], ranks)
+    if m * c == 0:
+        return run(candidates[0])
+    sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size(), "tma": int(tma)}
+    sizes |= {"sum_R": a.shape[0], "dropout": int(dropout > 0.0), "joint": int(whole)}
+    return run(tuning.choose("lora_linear_fwd", x, sizes, candidates, run))
 
 
 _PROGRAMS = 264  # two waves of an H200's 132 multiprocessors
@@ -244,7 +203,7 @@ def _contract(
     x: Tensor,  # (M, C)
     factor: Tensor | None,  # (C, R), for the sums over columns
     s: Tensor | None,  # (M, R), for the sums over rows
-    gates: _Gates,
+    gates: Gates,
     ranks: int,
     dropout: float,
     seed: Tensor | None,
@@ -309,7 +268,7 @@ def _contract(
     return run(tuning.choose("lora_linear_contract", x, sizes, candidates, tried))
 
 
-def _reduce(parts: Tensor, out: Tensor, gates: _Gates | None) -> Tensor:
+def _reduce(parts: Tensor, out: Tensor, gates: Gates | None) -> Tensor:
     """Sums (P, rows, R) into out (rows, R), of any strides and dtype."""
     rows, ranks = out.shape
     if parts.shape[0] == 0:
@@ -339,6 +298,56 @@ def _reduce(parts: Tensor, out: Tensor, gates: _Gates | None) -> Tensor:
     return out
 
 
+def _ds_db(
+    dy: Tensor,  # (M, N)
+    factor: Tensor | None,  # (N, R), to have dS
+    s: Tensor | None,  # (M, R), to have dB
+    gates: Gates,
+    ds: Tensor,  # (M, R), is written
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """dB (N, R) in ``dtype``."""
+    over_cols, over_rows = _contract(dy, factor, s, gates, ds.shape[1], 0.0, None)
+    if over_cols is not None:
+        _reduce(over_cols, ds, gates)
+    if over_rows is None:
+        return None
+    return _reduce(over_rows, dy.new_empty((dy.shape[1], ds.shape[1]), dtype=dtype), None)
+
+
+def _dx_ds_db(
+    dy: Tensor,  # (M, N)
+    weight: Tensor,  # (N, K)
+    a: Tensor,  # (R, K)
+    b: Tensor,  # (N, R)
+    s: Tensor | None,  # (M, R), to have dB
+    gates: Gates,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dY W + dS A, dS, and dB in ``dtype``: of a single projection and without dropout."""
+    (m, n), (ranks, k) = dy.shape, a.shape
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor, Tensor | None]:
+        if config["JOINT"]:
+            dx, ds, parts = joint.product(
+                dy, weight.t(), None, b, s, a.t(), gates, 0.0, None, config
+            )
+            if parts is None:
+                return dx, ds, None
+            return dx, ds, _reduce(parts, dy.new_empty((n, ranks), dtype=dtype), None)
+        ds = dy.new_empty((m, ranks))
+        db = _ds_db(dy, b, s, gates, ds, dtype)
+        return _add_product(_expand(ds, a.t(), None, gates, 0.0, None), dy, weight), ds, db
+
+    default = {"JOINT": 0}
+    if m * k == 0 or not joint.covers(dy, weight.t(), ranks):
+        return run(default)
+    sizes = {"M": m, "K": k, "N": n, "R": ranks, "itemsize": dy.element_size()}
+    sizes["sums"] = int(s is not None)
+    candidates = default, *joint.candidates(ranks, ranks)
+    return run(tuning.choose("lora_linear_bwd", dy, sizes, candidates, run))
+
+
 def _grown(plan: Plan) -> Plan:
     """With the factor of dropout in the scales."""
     if plan.dropout == 0.0:
@@ -359,16 +368,22 @@ def fwd(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns y (M, N_p) for each projection, and s (M, sum R) to save."""
     x = x.contiguous()
-    gates = _Gates(_grown(plan), [t.shape[0] for t in a], ids, x)
+    gates = Gates(_grown(plan), [t.shape[0] for t in a], ids, x)
     ys = []
     start = 0
     with launch.on_device(x):
-        s = _shrink(x, concatenated(a, 0), gates, plan.dropout, seed)
         for p, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             factor = concatenated(plan.of_projection(b, p), 1)
             stop = start + factor.shape[1]
             bias = None if bias is None else bias.contiguous()
-            ys.append(_product(x, weight, bias, s[:, start:stop], factor, gates.ranks(start, stop)))
+            if p == 0:
+                y, s = _first_product(
+                    x, weight, bias, concatenated(a, 0), factor, gates, plan.dropout, seed
+                )
+            else:
+                mine = gates.ranks(start, stop)
+                y = _later_product(x, weight, bias, s[:, start:stop], factor, mine)
+            ys.append(y)
             start = stop
     return ys, s if saves_s("triton", x.dtype) else None
 
@@ -396,53 +411,55 @@ def bwd(
     """Returns dx and the gradients of the adapters, None where not asked for."""
     x = x.contiguous()
     ranks = [t.shape[0] for t in a]
-    gates = _Gates(_grown(plan), ranks, ids, x)
+    gates = Gates(_grown(plan), ranks, ids, x)
     factor_a = concatenated(a, 0)
     das: list[Tensor | None] = [None] * len(a)
     dbs: list[Tensor | None] = [None] * len(b)
     dx: Tensor | None = None
+    db: Tensor | None
     with launch.on_device(x):
         if s is None and need_b:
             s = _shrink(x, factor_a, gates, plan.dropout, seed)
-        ds = x.new_empty((x.shape[0], sum(ranks)))
-        start = j = 0
-        for p, dy in enumerate(dys):
-            mine = plan.of_projection(b, p)
-            mine_ranks = [t.shape[1] for t in mine]
-            stop = start + sum(mine_ranks)
-            here = gates.ranks(start, stop)
-            if dy is None:
-                ds[:, start:stop].zero_()
-                grads = [torch.zeros_like(t) if need_b else None for t in mine]
-            else:
-                over_cols, over_rows = _contract(
-                    dy.contiguous(),
-                    concatenated(mine, 1) if need_a or need_x else None,
-                    s[:, start:stop] if need_b else None,
-                    here,
-                    stop - start,
-                    0.0,
-                    None,
-                )
-                if over_cols is not None:
-                    _reduce(over_cols, ds[:, start:stop], here)
-                grads = [None] * len(mine)
-                if over_rows is not None:
-                    db = mine[0].new_empty((dy.shape[1], stop - start))
-                    grads = list(split_columns(_reduce(over_rows, db, None), mine_ranks))
-            dbs[j : j + len(mine)] = grads
-            start = stop
-            j += len(mine)
+        kept = s if need_b else None
+        if need_x and plan.dropout == 0.0 and len(dys) == 1 and dys[0] is not None:
+            factor_b = concatenated(b, 1)
+            dx, ds, db = _dx_ds_db(
+                dys[0].contiguous(), weights[0], factor_a, factor_b, kept, gates, b[0].dtype
+            )
+            if db is not None:
+                dbs = list(split_columns(db, ranks))
+        else:
+            ds = x.new_empty((x.shape[0], sum(ranks)))
+            start = 0
+            dbs = []
+            for p, dy in enumerate(dys):
+                mine = plan.of_projection(b, p)
+                mine_ranks = [t.shape[1] for t in mine]
+                stop = start + sum(mine_ranks)
+                if dy is None:
+                    ds[:, start:stop].zero_()
+                    dbs += [torch.zeros_like(t) if need_b else None for t in mine]
+                else:
+                    db = _ds_db(
+                        dy.contiguous(),
+                        concatenated(mine, 1) if need_a or need_x else None,
+                        None if kept is None else kept[:, start:stop],
+                        gates.ranks(start, stop),
+                        ds[:, start:stop],
+                        mine[0].dtype,
+                    )
+                    dbs += [None] * len(mine) if db is None else split_columns(db, mine_ranks)
+                start = stop
+            if need_x:
+                dx = _expand(ds, factor_a.t(), None, gates, plan.dropout, seed)
+                for dy, weight in zip(dys, weights, strict=True):
+                    if dy is not None:
+                        dx = _add_product(dx, dy, weight)
         if need_a:
             _, over_rows = _contract(x, None, ds, gates, sum(ranks), plan.dropout, seed)
             da = a[0].new_empty((sum(ranks), x.shape[1]))
             _reduce(over_rows, da.t(), None)
             das = list(da.split(ranks))
-        if need_x:
-            dx = _expand(ds, factor_a.t(), None, gates, plan.dropout, seed)
-            for dy, weight in zip(dys, weights, strict=True):
-                if dy is not None:
-                    dx = _add_product(dx, dy, weight)
     return dx, das, dbs
 
 

@@ -57,6 +57,14 @@ def major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The GPU's; some, for the interpreter, which runs the programs of a grid in turn."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def has_tma(*matrices: Tensor) -> bool:
     """Whether Hopper's copy engine (TMA) can read these: aligned rows of adjacent elements."""
     return major(matrices[0].device) >= 9 and all(map(_describable, matrices))
