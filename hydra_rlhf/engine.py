@@ -470,7 +470,7 @@ class _Step:
         self.engine, self.state, self.sampling = engine, state, sampling
         self.seen = state.mask.shape[1]
         engine._see(state, self.seen)
-        self.replay = recorded(self._forward, engine._dtype)
+        self.replay = recorded(engine.model, self._forward, engine._dtype)
 
     def _forward(self) -> tuple[Tensor, ...]:
         hidden = self.engine._next_hidden(self.state, self.seen)

@@ -17,15 +17,16 @@ from hydra_rlhf.model import HydraModel
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def recorded(step: Callable[[], tuple[Tensor, ...]], dtype: torch.dtype) -> Replay:
+def recorded(
+    model: HydraModel, step: Callable[[], tuple[Tensor, ...]], dtype: torch.dtype
+) -> Replay:
     """A replay of ``step``, tried once: the first two tensors that it returns come out the same.
 
     Raises:
         NotReplayable: the step has no replay, or one that computes something else.
     """
-    if torch.is_autocast_enabled("cpu"):
-        raise NotReplayable("autocast casts every weight for every token")
-    replay = Replay(step)
+    with casting_anew(), _experts_by_row(model):
+        replay = Replay(step)
     first = [t.clone() for t in replay.outputs[:2]]
     replay()
     for was, now in zip(first, replay.outputs, strict=False):
@@ -52,6 +53,25 @@ def fingerprint(model: HydraModel) -> int:
         yield model.config._attn_implementation
 
     return hash(tuple(parts()))
+
+
+@contextlib.contextmanager
+def _experts_by_row(model: HydraModel) -> Iterator[None]:
+    """Each row's experts by their numbers, in transformers' own code: the other ways are lists
+    of operations that depend on how many rows an expert has."""
+    configs = {id(c): c for m in model.trunk.modules() if (c := getattr(m, "config", None))}
+    chosen = [(c, c._experts_implementation) for c in configs.values() if _has_experts(c)]
+    try:
+        for config, _ in chosen:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, before in chosen:
+            config._experts_implementation = before
+
+
+def _has_experts(config: Any) -> bool:
+    return getattr(config, "_experts_implementation", None) is not None
 
 
 @contextlib.contextmanager

@@ -96,6 +96,18 @@ HYDRA_INLINE void walk(const Task& task) {
       case kSoftmax:
         run_rows<kSoftmax>(words, thread, threads);
         break;
+      case kSum:
+        run_rows<kSum>(words, thread, threads);
+        break;
+      case kTopK:
+        run_top_k(words);
+        break;
+      case kPick:
+        run_pick(words, *task.strayed);
+        break;
+      case kExperts:
+        run_experts<W>(words, thread, threads, scratch, *task.strayed);
+        break;
       case kGather:
         run_gather(words, thread, threads, *task.strayed);
         break;

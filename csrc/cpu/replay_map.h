@@ -19,6 +19,8 @@ HYDRA_INLINE T map_one(T a, T b) {
   if constexpr (kOp == kSquare) return a * a;
   if constexpr (kOp == kCube) return a * a * a;
   if constexpr (kOp == kDiv) return a / b;
+  if constexpr (kOp == kMax) return a > b || a != a ? a : b;  // NaN stays
+  if constexpr (kOp == kMin) return a < b || a != a ? a : b;
   if constexpr (kOp == kRelu) return a > 0 ? a : (a == a ? T(0) : a);
   if constexpr (std::is_same_v<T, float>) {
     if constexpr (kOp == kSqrt) return std::sqrt(a);
@@ -159,6 +161,8 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
     HYDRA_CASE(kSub);
     HYDRA_CASE(kMul);
     HYDRA_CASE(kDiv);
+    HYDRA_CASE(kMax);
+    HYDRA_CASE(kMin);
 #undef HYDRA_CASE
 #undef HYDRA_MAP
   }

@@ -1,6 +1,7 @@
 // Products of a few rows with a matrix that is read once, and attention of a few queries.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -275,6 +276,63 @@ HYDRA_INLINE void run_linear(Words words, int thread, int threads) {
     linear_of<W, kTransposed, BFloat16>(words, thread, threads);
   } else {
     linear_of<W, kTransposed, float>(words, thread, threads);
+  }
+}
+
+// Row i of y is row i of x times matrix ids[i] of several, each of which is read once for all of
+// its rows.
+template <int W, class T>
+HYDRA_INLINE void experts_of(
+    Words words, int thread, int threads, std::vector<float>& scratch, std::atomic<bool>& strayed) {
+  const bool transposed = words.next() != 0;
+  const std::int64_t rows = words.next(), columns = words.next(), depth = words.next();
+  const float* x = words.address();
+  const std::int64_t ldx = words.next();
+  const T* w = words.address<T>();
+  const std::int64_t step = words.next(), ldw = words.next(), count = words.next();
+  const auto* ids = words.address<std::int64_t>();
+  float* y = words.address();
+  const std::int64_t ldy = words.next();
+  const Part part = part_of(columns, W, thread, threads);
+  const auto needed = static_cast<std::size_t>(rows * (depth + columns));
+  if (scratch.size() < needed) scratch.resize(needed);
+  float *taken = scratch.data(), *made = taken + rows * depth;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (std::find(ids, ids + row, ids[row]) != ids + row) continue;  // came with an earlier row
+    if (ids[row] < 0 || ids[row] >= count) {
+      strayed.store(true, std::memory_order_relaxed);
+      continue;
+    }
+    std::int64_t same = 0;
+    for (std::int64_t i = row; i < rows; ++i) {
+      if (ids[i] == ids[row]) std::copy(x + i * ldx, x + i * ldx + depth, taken + same++ * depth);
+    }
+    Product<T> p{};
+    p.main = {taken, depth, w + ids[row] * step, ldw, depth};
+    p.alpha = 1.0f;
+    p.y = made;
+    p.ldy = columns;
+    if (transposed) {
+      product_t<W>(p, same, part.first, part.last);
+    } else {
+      product<W, W == 16 ? 4 : 2>(p, same, part.first, part.last);
+    }
+    const float* from = made;
+    for (std::int64_t i = row; i < rows; ++i) {
+      if (ids[i] != ids[row]) continue;
+      std::copy(from + part.first, from + part.last, y + i * ldy + part.first);
+      from += columns;
+    }
+  }
+}
+
+template <int W>
+HYDRA_INLINE void run_experts(
+    Words words, int thread, int threads, std::vector<float>& scratch, std::atomic<bool>& strayed) {
+  if (words.next() != 0) {
+    experts_of<W, BFloat16>(words, thread, threads, scratch, strayed);
+  } else {
+    experts_of<W, float>(words, thread, threads, scratch, strayed);
   }
 }
 

@@ -65,8 +65,14 @@ HYDRA_INLINE void run_rows(Words words, int thread, int threads) {
     const float* in = x + row * n;
     if constexpr (kOp == kMean) {
       y[row] = sum_of(n, [=](std::int64_t i) { return in[i]; }) / static_cast<float>(n);
+    } else if constexpr (kOp == kSum) {
+      y[row] = sum_of(n, [=](std::int64_t i) { return in[i]; });
     } else if constexpr (kOp == kSoftmax) {
       softmax_row(in, n, y + row * n);
+      // Safe: a row of -inf alone has no part in anything.
+      if (eps != 0.0f && largest(in, n) == -std::numeric_limits<float>::infinity()) {
+        std::fill(y + row * n, y + (row + 1) * n, 0.0f);
+      }
     } else {
       float* out = y + row * n;
       const auto count = static_cast<float>(n);
@@ -171,6 +177,66 @@ HYDRA_INLINE void run_put(Words words, int thread, int threads, std::atomic<bool
     put_of<BFloat16>(words, thread, threads, strayed);
   } else {
     put_of<float>(words, thread, threads, strayed);
+  }
+}
+
+// out[...] = from[...] with the coordinate of one dimension replaced by ids[...], 4 dimensions.
+template <class T>
+HYDRA_INLINE void pick_of(Words words, std::atomic<bool>& strayed) {
+  std::int64_t sizes[4], so[4], sf[4], si[4];
+  words.read(sizes);
+  float* out = words.address();
+  words.read(so);
+  const T* from = words.address<T>();
+  words.read(sf);  // 0 in the dimension that is replaced
+  const auto* ids = words.address<std::int64_t>();
+  words.read(si);
+  const std::int64_t step = words.next(), size = words.next();
+  for (std::int64_t i = 0; i < sizes[0]; ++i) {
+    for (std::int64_t j = 0; j < sizes[1]; ++j) {
+      for (std::int64_t k = 0; k < sizes[2]; ++k) {
+        for (std::int64_t l = 0; l < sizes[3]; ++l) {
+          std::int64_t at = ids[i * si[0] + j * si[1] + k * si[2] + l * si[3]];
+          if (at < 0) at += size;
+          if (at < 0 || at >= size) {
+            strayed.store(true, std::memory_order_relaxed);
+            continue;
+          }
+          const T& value = from[i * sf[0] + j * sf[1] + k * sf[2] + l * sf[3] + at * step];
+          out[i * so[0] + j * so[1] + k * so[2] + l * so[3]] = widen(value);
+        }
+      }
+    }
+  }
+}
+
+HYDRA_INLINE void run_pick(Words words, std::atomic<bool>& strayed) {
+  if (words.next() != 0) {
+    pick_of<BFloat16>(words, strayed);
+  } else {
+    pick_of<float>(words, strayed);
+  }
+}
+
+// The k largest of each row, largest first, and where they are; of equal ones the first.
+HYDRA_INLINE void run_top_k(Words words) {
+  const std::int64_t rows = words.next(), n = words.next(), k = words.next();
+  const float* x = words.address();
+  float* values = words.address();
+  auto* ids = words.address<std::int64_t>();
+  const auto larger = [](float a, float b) { return a > b || (a != a && b == b); };
+  for (std::int64_t row = 0; row < rows; ++row, x += n, values += k, ids += k) {
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (kept == k && !larger(x[i], values[k - 1])) continue;
+      std::int64_t at = kept < k ? kept++ : k - 1;
+      for (; at > 0 && larger(x[i], values[at - 1]); --at) {
+        values[at] = values[at - 1];
+        ids[at] = ids[at - 1];
+      }
+      values[at] = x[i];
+      ids[at] = i;
+    }
   }
 }
 

@@ -19,7 +19,11 @@ enum Opcode : std::int64_t {
   kGather = 6,     // rows of a table
   kPut = 7,        // values at indices
   kAttention = 8,
-  kDraw = 9,  // a token from each row of logits
+  kDraw = 9,      // a token from each row of logits
+  kSum = 10,      // over rows
+  kTopK = 11,     // of rows, largest first
+  kPick = 12,     // elements at the indices of one dimension
+  kExperts = 13,  // products with a matrix of its own for each row
 };
 
 enum MapOp : std::int64_t {
@@ -42,6 +46,8 @@ enum MapOp : std::int64_t {
   kSub,
   kMul,
   kDiv,
+  kMax,
+  kMin,
 };
 
 enum MapType : std::int64_t { kFloat = 0, kInt = 1, kIntToFloat = 2, kBf16ToFloat = 3 };

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 # Opcodes, map operations and map types: as in csrc/cpu/replay.cpp.
 LINEAR, LINEAR_T, MAP, MEAN, LAYER_NORM, SOFTMAX, GATHER, PUT, ATTENTION, DRAW = range(10)
+SUM, TOP_K, PICK, EXPERTS = range(10, 14)
 _MAPS = (
     "copy neg square cube sqrt rsqrt exp tanh sigmoid silu relu gelu gelu_tanh cos sin add sub mul "
-    "div"
+    "div max min"
 ).split()
 MAP_OPS = {name: number for number, name in enumerate(_MAPS)}
 _INT_MAPS = ("copy", "add", "sub", "mul")
@@ -75,6 +76,14 @@ class At(NamedTuple):
 NOWHERE = At(-1, 0)
 
 
+class Picked(NamedTuple):
+    """Matrices that an index takes from many, read where they lie and never copied."""
+
+    copies: Tensor  # (S, *, *) as the function had them
+    matrices: Tensor  # (E, *, *)
+    ids: Tensor  # (S,)
+
+
 @dataclass
 class _Instruction:
     opcode: int
@@ -91,6 +100,10 @@ class Lowering:
         self.made: dict[int, int] = {}  # storages that the function made, and their bytes
         self.outside: dict[int, Tensor] = {}  # all others
         self.constants: set[int] = set()  # storages that the function made and nothing writes to
+        self.seen_as: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # casts: of what, and first element's shift
+        self.picked: dict[int, Picked] = {}
         self.kept: list[Tensor] = []
         self.results = {_storage(t) for t in outputs}
 
@@ -112,15 +125,22 @@ class Lowering:
         if tensor.numel() == 0:
             raise NotReplayable("an empty tensor")
         storage = _storage(tensor)
+        if storage in self.picked:
+            raise NotReplayable("matrices taken by an index for more than a product")
+        wide = self.is_float(tensor)
+        offset = int(tensor.storage_offset())
+        if storage in self.seen_as:
+            tensor, shift = self.seen_as[storage]
+            storage, offset = _storage(tensor), offset + shift
         if storage not in self.made:
             self.outside.setdefault(storage, tensor)
-        wide = storage in self.made and tensor.dtype == torch.bfloat16
-        return At(storage, int(tensor.storage_offset()) * (4 if wide else tensor.element_size()))
+        return At(storage, offset * (4 if wide else tensor.element_size()))
 
     def is_float(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` lies in memory as float32."""
-        made = _storage(tensor) in self.made
-        return tensor.dtype == torch.float32 or (made and tensor.dtype == torch.bfloat16)
+        if tensor.dtype == torch.bfloat16:
+            return _storage(tensor) in self.made or _storage(tensor) in self.seen_as
+        return tensor.dtype == torch.float32
 
     def check_float(self, tensor: Tensor) -> None:
         if not self.is_float(tensor):
@@ -141,6 +161,32 @@ class Lowering:
             self.made[_storage(tensor)] = wide * tensor.untyped_storage().nbytes()
         return tensor
 
+    def cast(self, out: Tensor, tensor: Tensor) -> bool:
+        """Sees ``out`` as ``tensor``, of which it is a cast, where no number changes by it."""
+        if (
+            not self.is_float(tensor)
+            or out.dtype not in (torch.float32, torch.bfloat16)
+            or out.stride() != tensor.stride()
+            or _storage(out) in self.results
+        ):
+            return False
+        base, shift = self.seen_as.get(_storage(tensor), (tensor, 0))
+        shift += int(tensor.storage_offset()) - int(out.storage_offset())
+        self.seen_as[_storage(out)] = base, shift
+        return True
+
+    def writes(self, tensor: Tensor) -> Tensor:
+        """Says that the function writes to ``tensor``, which was there before."""
+        storage = _storage(tensor)
+        if storage in self.constants:  # it would not be made anew
+            raise NotReplayable("a write to a constant")
+        read = [base for base, _ in self.seen_as.values()]
+        for picked in self.picked.values():
+            read += [picked.matrices, picked.ids]
+        if storage in self.seen_as or storage in {_storage(t) for t in read}:
+            raise NotReplayable("a write to what is read later as it was")
+        return tensor
+
     def floats(self, tensor: Tensor) -> Tensor:
         """``tensor`` in float32, by an instruction where it is something else."""
         if self.is_float(tensor):
@@ -151,8 +197,8 @@ class Lowering:
         self.map("copy", wide, tensor)
         return wide
 
-    def new(self, shape: Sequence[int]) -> Tensor:
-        tensor = torch.empty(tuple(shape))
+    def new(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
         self.kept.append(tensor)  # no other tensor gets its address
         return self.makes(tensor)
 

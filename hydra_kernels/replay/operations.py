@@ -21,6 +21,7 @@ from hydra_kernels.replay.lowering import (
     SHARED_ELEMENTS,
     SHARED_PRODUCTS,
     SOFTMAX,
+    SUM,
     At,
     Lowering,
     Node,
@@ -57,7 +58,7 @@ def lower(nodes: Sequence[Node], outputs: Sequence[Tensor]) -> Program:
     return lowering.program()
 
 
-def _lowers(*ops: Any) -> Callable[[_Handler], _Handler]:
+def lowers(*ops: Any) -> Callable[[_Handler], _Handler]:
     def register(handler: _Handler) -> _Handler:
         for op in ops:
             _HANDLERS[op] = handler
@@ -66,12 +67,12 @@ def _lowers(*ops: Any) -> Callable[[_Handler], _Handler]:
     return register
 
 
-@_lowers(aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
+@lowers(aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 def _empty(to: Lowering, node: Node) -> None:
     to.makes(node.out)
 
 
-@_lowers(aten.arange.default, aten.arange.start, aten.zeros.default, aten.ones.default,
+@lowers(aten.arange.default, aten.arange.start, aten.zeros.default, aten.ones.default,
          aten.full.default, aten.scalar_tensor.default)  # fmt: skip
 def _constant(to: Lowering, node: Node) -> None:
     """Stays where it is; no instruction may write there, for it would not be made anew."""
@@ -90,22 +91,27 @@ _UNARY = {
     aten.cos.default: "cos",
     aten.sin.default: "sin",
     aten.clone.default: "copy",
-    aten._to_copy.default: "copy",
 }
 
 
-@_lowers(*_UNARY)
+@lowers(*_UNARY)
 def _unary(to: Lowering, node: Node) -> None:
     to.map(_UNARY[node.op], to.makes(node.out), node.args[0])
 
 
-@_lowers(aten.gelu.default)
+@lowers(aten._to_copy.default)
+def _to_copy(to: Lowering, node: Node) -> None:
+    if not to.cast(node.out, node.args[0]):
+        to.map("copy", to.makes(node.out), node.args[0])
+
+
+@lowers(aten.gelu.default)
 def _gelu(to: Lowering, node: Node) -> None:
     by_tanh = node.kwargs.get("approximate", "none") == "tanh"
     to.map("gelu_tanh" if by_tanh else "gelu", to.makes(node.out), node.args[0])
 
 
-@_lowers(aten.pow.Tensor_Scalar)
+@lowers(aten.pow.Tensor_Scalar)
 def _pow(to: Lowering, node: Node) -> None:
     name = {2: "square", 3: "cube", 0.5: "sqrt"}.get(node.args[1])
     if name is None:
@@ -120,24 +126,63 @@ _BINARY = {
     aten.div.Tensor: "div",
     aten.mul.Scalar: "mul",
     aten.div.Scalar: "div",
+    aten.maximum.default: "max",
+    aten.minimum.default: "min",
+}
+_IN_PLACE = {
+    aten.add_.Tensor: "add",
+    aten.sub_.Tensor: "sub",
+    aten.mul_.Tensor: "mul",
+    aten.div_.Tensor: "div",
 }
 
 
-@_lowers(*_BINARY)
+@lowers(*_BINARY, *_IN_PLACE)
 def _binary(to: Lowering, node: Node) -> None:
     a, b = node.args[:2]
     if len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1:
         raise NotReplayable(f"{node.op} with a factor")
     if not isinstance(a, Tensor):
         raise NotReplayable(f"{node.op} of a number")
-    to.map(_BINARY[node.op], to.makes(node.out), a, b)
+    if node.op in _BINARY:
+        to.map(_BINARY[node.op], to.makes(node.out), a, b)
+    else:
+        to.map(_IN_PLACE[node.op], to.writes(a), a, b)
 
 
-@_lowers(aten.cat.default)
+@lowers(aten.clamp.default)
+def _clamp(to: Lowering, node: Node) -> None:
+    x, *bounds = (*node.args, None)[:3]
+    bounds = [*bounds, None][:2]
+    low, high = (node.kwargs.get(name, b) for name, b in zip(("min", "max"), bounds, strict=True))
+    out = to.makes(node.out)
+    for name, bound in (("max", low), ("min", high)):
+        if bound is not None:
+            to.map(name, out, x, float(bound))
+            x = out
+
+
+@lowers(aten.repeat.default)
+def _repeat(to: Lowering, node: Node) -> None:
+    x, repeats = node.args
+    shape = [1] * (len(repeats) - x.dim()) + list(x.shape)
+    out = to.makes(node.out)
+    if out.numel() == 0:
+        return
+    # Each dimension as which repetition, and where in it.
+    apart = [size for pair in zip(repeats, shape, strict=True) for size in pair]
+    once = [size for pair in zip([1] * len(shape), shape, strict=True) for size in pair]
+    to.map("copy", out.view(apart), x.view(once))
+
+
+@lowers(aten.cat.default, aten.stack.default)
 def _cat(to: Lowering, node: Node) -> None:
     parts = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else 0
     out = to.makes(node.out)
+    if node.op == aten.stack.default:
+        dim %= out.dim()
+        parts = [part.unsqueeze(dim) for part in parts]
     start = 0
     for part in parts:
         if part.numel() == 0:  # which may have fewer dimensions than the others
@@ -163,7 +208,7 @@ def _rows(to: Lowering, opcode: int, node: Node, out: Tensor, width: int, *more:
     to.add(opcode, shared, [*words, bits(eps)])
 
 
-@_lowers(aten.mean.dim)
+@lowers(aten.mean.dim)
 def _mean(to: Lowering, node: Node) -> None:
     x, dims = node.args[:2]
     if [d % x.dim() for d in dims] != [x.dim() - 1] or node.out.dtype != x.dtype:
@@ -171,17 +216,34 @@ def _mean(to: Lowering, node: Node) -> None:
     _rows(to, MEAN, node, to.makes(node.out), x.shape[-1])
 
 
-@_lowers(aten._softmax.default)
+@lowers(aten.sum.dim_IntList)
+def _sum(to: Lowering, node: Node) -> None:
+    x, dims = node.args[:2]
+    if not dims or len(dims) != 1 or node.out.dtype != x.dtype or not node.out.is_contiguous():
+        raise NotReplayable(f"a sum over dimensions {dims} of {x.dim()} in {node.out.dtype}")
+    dim = dims[0] % x.dim()
+    out = to.makes(node.out)
+    if dim == x.dim() - 1:
+        _rows(to, SUM, node, out, x.shape[-1])
+        return
+    out = out if out.dim() < x.dim() else out.squeeze(dim)
+    to.map("copy", out, x.select(dim, 0))
+    for i in range(1, x.shape[dim]):
+        to.map("add", out, out, x.select(dim, i))
+
+
+@lowers(aten._softmax.default, aten._safe_softmax.default)
 def _softmax(to: Lowering, node: Node) -> None:
-    x, dim, to_float = node.args
-    if dim % x.dim() != x.dim() - 1 or to_float:
+    x, dim = node.args[:2]
+    safe = node.op == aten._safe_softmax.default
+    if dim % x.dim() != x.dim() - 1 or (not safe and node.args[2]) or node.out.dtype != x.dtype:
         raise NotReplayable(f"a softmax over dimension {dim} of {x.dim()}")
     if not node.out.is_contiguous():
         raise NotReplayable("a softmax that is not contiguous")
-    _rows(to, SOFTMAX, node, to.makes(node.out), x.shape[-1])
+    _rows(to, SOFTMAX, node, to.makes(node.out), x.shape[-1], None, None, float(safe))
 
 
-@_lowers(aten.native_layer_norm.default)
+@lowers(aten.native_layer_norm.default)
 def _layer_norm(to: Lowering, node: Node) -> None:
     _, shape, weight, bias, eps = node.args
     for tensor in (weight, bias):
@@ -194,7 +256,7 @@ def _layer_norm(to: Lowering, node: Node) -> None:
     _rows(to, LAYER_NORM, node, out, math.prod(shape), weight, bias, eps)
 
 
-@_lowers(aten.embedding.default)
+@lowers(aten.embedding.default)
 def _embedding(to: Lowering, node: Node) -> None:
     table, ids = node.args[:2]
     out = to.makes(node.out)
@@ -213,7 +275,7 @@ def _embedding(to: Lowering, node: Node) -> None:
     to.add(GATHER, False, words)
 
 
-@_lowers(aten.index_put_.default)
+@lowers(aten.index_put_.default)
 def _put(to: Lowering, node: Node) -> None:
     target, indices, value = node.args[:3]
     if len(node.args) > 3 and node.args[3]:
@@ -227,8 +289,7 @@ def _put(to: Lowering, node: Node) -> None:
         or len({i.numel() for i in given}) > 1
     ):
         raise NotReplayable("an index_put with other than one or two lists of indices")
-    if target.untyped_storage().data_ptr() in to.constants:
-        raise NotReplayable("an index_put to a constant")
+    to.writes(target)
     rest = [d for d in range(target.dim()) if d not in dims]
     count = given[0].numel()
     shape = [count, *(target.shape[d] for d in rest)]
@@ -249,13 +310,13 @@ def _put(to: Lowering, node: Node) -> None:
     to.add(PUT, False, words)
 
 
-@_lowers(aten.mm.default)
+@lowers(aten.mm.default)
 def _mm(to: Lowering, node: Node) -> None:
     a, b = node.args
     to.linear(a, b.t(), to.makes(node.out))
 
 
-@_lowers(aten.addmm.default)
+@lowers(aten.addmm.default)
 def _addmm(to: Lowering, node: Node) -> None:
     given, a, b = node.args
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
@@ -265,15 +326,7 @@ def _addmm(to: Lowering, node: Node) -> None:
     to.linear(a, b.t(), to.makes(node.out), bias=bias, alpha=float(alpha))
 
 
-@_lowers(aten.bmm.default)
-def _bmm(to: Lowering, node: Node) -> None:
-    a, b = node.args
-    out = to.makes(node.out)
-    for i in range(a.shape[0]):
-        to.linear(a[i], b[i].t(), out[i])
-
-
-@_lowers(torch.ops.hydra.lora_linear_fwd.default)
+@lowers(torch.ops.hydra.lora_linear_fwd.default)
 def _lora_linear(to: Lowering, node: Node) -> None:
     x, weights, biases, lora_a, lora_b, has_bias, counts, _, scales, _, dropout, ids, *_ = node.args
     if ids is not None or dropout > 0.0 or any(count != 1 for count in counts):
@@ -286,7 +339,7 @@ def _lora_linear(to: Lowering, node: Node) -> None:
         to.linear(x, weight, to.makes(node.out[0][i]), bias=bias, extra=(s, lora_b[i]))
 
 
-@_lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def _attention(to: Lowering, node: Node) -> None:
     q, k, v, dropout, causal = (*node.args, 0.0, False)[:5]
     mask = node.kwargs.get("attn_mask")
@@ -317,7 +370,7 @@ def _attention(to: Lowering, node: Node) -> None:
     to.add(ATTENTION, B * heads * queries * length * width >= SHARED_PRODUCTS, words)
 
 
-@_lowers(torch.ops.hydra.draw_tokens.default)
+@lowers(torch.ops.hydra.draw_tokens.default)
 def _draw_tokens(to: Lowering, node: Node) -> None:
     logits, uniforms, columns, temperature, sample, late, late_from, top_k, top_p, min_p = node.args
     for tensor in (logits, uniforms):

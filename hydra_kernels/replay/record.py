@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hydra_kernels.replay.picks  # noqa: F401  registers its operations
 from hydra_kernels.backends import extension, recording
 from hydra_kernels.replay.lowering import Node, NotReplayable, Program
 from hydra_kernels.replay.operations import lower

@@ -12,6 +12,7 @@ from hydra_rlhf.rollout import generate, pad_left
 from tests.rlhf.families import (
     _GATED,
     _SMALL,
+    CONFIGS,
     EOS,
     PAD,
     VOCAB,
@@ -20,12 +21,24 @@ from tests.rlhf.families import (
 )
 from tests.rlhf.test_engine import GREEDY, PROMPTS
 
+_EXPERTS = dict(num_experts_per_tok=3, moe_intermediate_size=16)
 MORE = {
     # A layer norm, a rotary embedding of half a head, biases everywhere.
     "phi": lambda: transformers.PhiConfig(**_SMALL, intermediate_size=48),
     "gemma": lambda: transformers.GemmaConfig(**_GATED, head_dim=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **_GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8
+    ),
+    # Rotary embeddings of neighbours; in GPT-J and Falcon from tables, and by lists of indices.
+    **{name: CONFIGS[name] for name in ("cohere", "gptj", "falcon", "mixtral")},
+    "glm4": lambda: transformers.Glm4Config(**_GATED, head_dim=8),
+    # Experts beside one that every token has; others with biases, chosen out of more, and sinks.
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_GATED, **_EXPERTS, num_experts=6, shared_expert_intermediate_size=24
+    ),
+    "olmoe": lambda: transformers.OlmoeConfig(**_GATED, num_experts=6, num_experts_per_tok=2),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_GATED, head_dim=8, num_local_experts=6, num_experts_per_tok=3, sliding_window=8
     ),
 }
 

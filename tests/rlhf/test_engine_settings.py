@@ -14,7 +14,7 @@ from hydra_rlhf.decode_state import Prefill
 from hydra_rlhf.engine import RolloutEngine
 from hydra_rlhf.engines import GenerateEngine
 from hydra_rlhf.model import HydraModel, default_lora_config
-from hydra_rlhf.replayed import fingerprint
+from hydra_rlhf.replayed import fingerprint, recorded
 from hydra_rlhf.rollout import generate, pad_left
 from tests.rlhf.families import (
     _GATED,
@@ -365,13 +365,50 @@ def test_a_fingerprint_sees_every_change():
         assert changed()
 
 
-def test_nothing_is_recorded_under_autocast(caplog):
-    """Weights would be cast for every token."""
-    engine = RolloutEngine(make_model("llama"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        engine.generate(*prompts(), GREEDY._replace(response_length=3))
-    assert not engine._replays
-    assert unavailable() or "autocast casts every weight" in caplog.text
+@replayed
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_replay_under_autocast(family):
+    """No farther from float32 than PyTorch's autocast is, before and after weights that train."""
+    model = make_model(family, trained=True)
+    for parameter in model.trunk.parameters():
+        parameter.requires_grad_(True)  # autocast keeps copies of those alone
+    sampling = SAMPLED._replace(response_length=6, stop_ids=(VOCAB - 1,))
+    engines = [RolloutEngine(model, replay=replay) for replay in (True, False)]
+    for _ in range(2):
+        errors = []
+        for engine in engines:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = engine(model, *prompts(), sampling, with_logprobs=True, seeds=range(7))
+            with torch.no_grad():
+                exact = model.score(
+                    out.query_responses, out.attention_mask, out.response_mask, roles=("actor",)
+                )
+            off = (out.logprobs - exact.logprobs)[out.response_mask]
+            errors.append(off.square().mean().sqrt())
+        assert errors[0] <= errors[1] and errors[0] < 0.1, errors
+        assert engines[0]._replays
+        with torch.no_grad():
+            for parameter in model.trunk.parameters():
+                parameter.mul_(-0.9)
+
+
+@replayed
+def test_experts_are_as_they_were_after_recording():
+    """Each row's experts by their numbers only while a step is recorded, also where that fails."""
+    model = make_model("mixtral", trained=True)
+    before = model.config._experts_implementation
+    assert before != "batched_mm"
+    engine = RolloutEngine(model)
+    engine.generate(*prompts(), GREEDY._replace(response_length=3))
+    assert engine._replays and model.config._experts_implementation == before
+
+    def fails():
+        assert model.config._experts_implementation == "batched_mm"
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        recorded(model, fails, torch.float32)
+    assert model.config._experts_implementation == before
 
 
 @replayed
