@@ -106,7 +106,7 @@ class RolloutEngine(Engine):
                 )
             except Unsupported as reason:
                 self._refused = True
-                _log.warning("rollouts run by transformers' generate: %s", reason)
+                _log.warning("rollouts run by transformers' generate: %s", str(reason))
             else:
                 return as_rollout(out, *prompts, request.with_logprobs)
         return generate(*request[:4], role=request.role, with_logprobs=request.with_logprobs)
@@ -281,16 +281,17 @@ class RolloutEngine(Engine):
             raise Unsupported(
                 f"{type(self.model.trunk).__name__} caches {prefill.count} of {layers} layers"
             )
-        state.cache.slot[row] = P
+        # Numbers by index_fill_: for [row] = 0 torch 2.11 copies them from the host, and waits.
+        state.cache.slot.index_fill_(0, row, P)
         lowest = torch.finfo(self._dtype).min
-        state.mask[row] = lowest
+        state.mask.index_fill_(0, row, lowest)
         state.mask[row, :P] = torch.where(mask != 0, 0.0, lowest).to(self._dtype)
         state.position[row] = mask.long().sum(-1, keepdim=True)
-        state.column[row] = 0
-        state.finished[row] = False
+        state.column.index_fill_(0, row, 0)
+        state.finished.index_fill_(0, row, False)
         state.uniforms[row] = uniforms[picked]
         for buffer in state.collected().values():
-            buffer[row] = 0
+            buffer.index_fill_(0, row, 0)
         if self._entering.on:
             entered = self._entering.taken()  # (B, P, D)
             if state.prefix is None:
@@ -298,7 +299,7 @@ class RolloutEngine(Engine):
                 state.prefix = entered.new_zeros(held)
             state.prefix[row, :P] = entered
             self._entering.state = state
-        state.mask[row, P] = 0.0  # the first response token will sit there
+        state.mask[:, P].index_fill_(0, row, 0.0)  # the first response token will sit there
         part = state.rows(row)
         self._append(part, hidden[:, -1], sampling)
         state.put_rows(row, part)
@@ -333,7 +334,7 @@ class RolloutEngine(Engine):
                 step = self._replays[adapter] = _Step(self, state, sampling)
             except NotReplayable as reason:
                 self.replay = False
-                _log.warning("decoding runs one PyTorch operation after another: %s", reason)
+                _log.warning("decoding runs one PyTorch operation after another: %s", str(reason))
                 return None
         else:
             step.replay.refresh()
@@ -417,7 +418,8 @@ class RolloutEngine(Engine):
         going = (~state.finished).long()
         state.cache.slot.add_(going)
         state.position.add_(going[:, None])
-        state.mask[state.cache.rows, state.cache.slot] = 0.0
+        # Not by [...] = 0.0, for which torch 2.11 copies the number from the host.
+        state.mask.scatter_(1, state.cache.slot[:, None], 0.0)
 
     def _append(self, state: State, hidden: Tensor, sampling: Sampling) -> None:
         """Draws the next token of every row from its last hidden state (B, D)."""
