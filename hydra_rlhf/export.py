@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from hydra_rlhf import evaluate, run_sampling
 from hydra_rlhf.errors import UserError, first_line
 from hydra_rlhf.model import REWARD_HEAD, HydraModel, load_causal_lm
 from hydra_rlhf.pretrained import TRL_HEAD, base_of, head_file, trl_value_head
+
+_log = logging.getLogger("hydra_rlhf")
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
@@ -104,6 +107,9 @@ def export_classifier(model: str | Path, out: str | Path) -> Path:
     getattr(classifier, classifier.base_model_prefix).load_state_dict(hydra.trunk.state_dict())
     with torch.no_grad():
         head.weight.copy_(hydra.reward_head.weight)
+    if hydra.reward_head.bias is not None and bool(hydra.reward_head.bias.any()):
+        bias = hydra.reward_head.bias.item()
+        _log.warning("classifiers have no bias: scores of %s are lower by %.4g", out, bias)
     classifier.save_pretrained(out)
     _copy_tokenizer(model, out)
     return out

@@ -37,6 +37,7 @@ from hydra_rlhf.lora import copy_adapter, default_lora_config, linear_names
 from hydra_rlhf.pretrained import (
     REWARD_HEAD,
     VALUE_HEAD,
+    copy_of_head,
     head_file,
     head_width,
     load_causal_lm,
@@ -111,10 +112,7 @@ class HydraModel(nn.Module):
         width = head_width(causal_lm)
         # float32 whatever the decoder is: one column, and rewards are compared by small margins.
         self.reward_head = reward_head or new_head(width, device)
-        self.value_head = value_head or new_head(width, device)
-        if value_head is None:
-            with torch.no_grad():
-                self.value_head.weight.copy_(self.reward_head.weight)
+        self.value_head = value_head or copy_of_head(self.reward_head)
         self.reward_head.requires_grad_(False)
         self._recompute: str | None = None
         if adapters:
@@ -519,5 +517,11 @@ class HydraModel(nn.Module):
                 raise UserError(f"{file} lacks weights of this model: {missing[0]}")
         for head, name in ((self.reward_head, REWARD_HEAD), (self.value_head, VALUE_HEAD)):
             loaded = load_head(head_file(path, name), head.in_features, head.weight.device)
-            if loaded is not None:
-                head.load_state_dict(loaded.state_dict())
+            if loaded is None:
+                continue
+            if loaded.bias is not None and head.bias is None:
+                raise UserError(f"{path / name} has a bias, which this model's head has not")
+            with torch.no_grad():
+                head.weight.copy_(loaded.weight)
+                if head.bias is not None:
+                    head.bias.copy_(0.0 if loaded.bias is None else loaded.bias)

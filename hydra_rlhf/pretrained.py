@@ -57,6 +57,19 @@ def new_head(width: int, device: torch.device) -> nn.Linear:
     return head
 
 
+def copy_of_head(head: nn.Linear) -> nn.Linear:
+    """A head of its own that says the same, its bias too: value == reward before training."""
+    made = nn.Linear(
+        head.in_features,
+        1,
+        bias=head.bias is not None,
+        device=head.weight.device,
+        dtype=torch.float32,
+    )
+    made.load_state_dict(head.state_dict())
+    return made
+
+
 def load_heads(path: str | Path, width: int, device: torch.device) -> dict[str, nn.Linear | None]:
     """``reward_head`` and ``value_head`` of a checkpoint, None for one that it does not have.
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from hydra_rlhf import pretrained
 from hydra_rlhf.config import METHODS
+from hydra_rlhf.errors import UserError
 from hydra_rlhf.export import export_classifier
 from hydra_rlhf.methods import build_method
 from hydra_rlhf.model import REWARD_HEAD, VALUE_HEAD, HydraModel
@@ -111,3 +112,47 @@ def test_vllm_samples_from_folders_of_before(sft, monkeypatch):
             as_it_was(sft)
         VLLMEngine(str(sft))(model, tokens, torch.ones_like(tokens), SAMPLING, role="reference")
     assert [llm.requests for llm in LLM.made] == [[None], [None]]
+
+
+def test_a_bias_of_the_reward_head_is_the_values_too(tmp_path, caplog):
+    """The value head says what the reward head says, until it is trained and after it is saved."""
+    lm = plain_model().causal_lm
+    head = torch.nn.Linear(32, 1)
+    model = HydraModel(lm, adapters=("actor", "critic"), reward_head=head)
+    ids = torch.randint(3, 20, (2, 6))
+    rows = (ids, torch.ones_like(ids))
+    with torch.no_grad():
+        assert torch.equal(model.forward_role("critic", *rows), model.forward_role("reward", *rows))
+        model.value_head.bias.add_(1.0)
+        assert torch.equal(model.reward_head.bias, head.bias)
+    assert model.value_head.bias.requires_grad and not model.reward_head.bias.requires_grad
+
+    model.save_pretrained(tmp_path / "sft")
+    models = build_method("hydra-ppo", tmp_path / "sft", lora=settings())
+    assert torch.equal(models.critic.value_head.bias, model.value_head.bias)
+    with torch.no_grad():
+        models.critic.value_head.bias.add_(1.0)
+    models.save(tmp_path / "run")
+    again = build_method("hydra-ppo", tmp_path / "sft", lora=settings())
+    again.actor.load_adapters(tmp_path / "run")
+    assert torch.equal(again.critic.value_head.bias, models.critic.value_head.bias)
+
+    export_classifier(tmp_path / "sft", tmp_path / "classifier")
+    assert f"lower by {head.bias.item():.4g}" in caplog.text
+
+
+def test_adapters_whose_heads_have_a_bias_or_none(tmp_path):
+    ids = torch.randint(3, 20, (2, 6))
+    rows = (ids, torch.ones_like(ids))
+    made = {}
+    for bias in (False, True):
+        lm, head = plain_model().causal_lm, torch.nn.Linear(32, 1, bias=bias)
+        made[bias] = HydraModel(lm, adapters=("actor", "critic"), reward_head=head)
+        made[bias].save_adapters(tmp_path / str(bias))
+    with pytest.raises(UserError, match="has a bias, which this model's head has not"):
+        made[False].load_adapters(tmp_path / "True")
+    made[True].load_adapters(tmp_path / "False")  # as no bias says: zero
+    with torch.no_grad():
+        for role in ("critic", "reward"):
+            says = [model.forward_role(role, *rows) for model in made.values()]
+            assert torch.equal(*says)
