@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,7 +95,8 @@ def sharegpt(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Demonstrati
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise BadRow("column 'conversations': expected gpt's answer as the last turn")
     prompt, (completion,) = dialogue.render(turns[:-1], [turns[-1:]])
-    yield Demonstration(prompt, completion, extra_of(values, "conversations", "system"))
+    extra = dialogue.columns(extra_of(values, "conversations", "system"), turns[:-1])
+    yield Demonstration(prompt, completion, extra)
 
 
 def sharegpt_pairs(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preference]:
@@ -103,9 +105,10 @@ def sharegpt_pairs(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Prefe
     for column in ("chosen", "rejected"):
         answer = values[column]
         answers.append(_turn_messages(answer if isinstance(answer, list) else [answer], column))
-    prompt, (better, worse) = dialogue.render(_turns(values), answers)
+    turns = _turns(values)
+    prompt, (better, worse) = dialogue.render(turns, answers)
     extra = extra_of(values, "conversations", "system", "chosen", "rejected")
-    yield Preference(prompt, better, worse, None, extra)
+    yield Preference(prompt, better, worse, None, dialogue.columns(extra, turns))
 
 
 def gpt4_comparisons(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preference]:
@@ -135,7 +138,7 @@ def oasst_tree(values: dict[str, Any], dialogue: Dialogue) -> Iterator[Preferenc
     answer as a demonstration. Deleted messages, those that reviewers refused, and what follows them
     are left out. Without a chat template the dialogue is written as a plain transcript.
     """
-    plain = Dialogue(dialogue.tokenizer, plain=True)
+    plain = dataclasses.replace(dialogue, plain=True)
     tree = {key: values[key] for key in ("message_tree_id",) if values.get(key) is not None}
     stack: list[tuple[Messages, dict[str, Any]]] = [([], _object(values, "prompt"))]
     while stack:
@@ -164,6 +167,7 @@ def _ranked(
         [{"role": "assistant", "content": text(reply, "text")}] for reply in ranked or replies[:1]
     ]
     prompt, texts = dialogue.render(path, answers)
+    extra = dialogue.columns(extra, path)
     if len(texts) < 2:
         yield Demonstration(prompt, texts[0], extra)
     for i, better in enumerate(texts):

@@ -18,10 +18,12 @@ class Dialogue:
     With a tokenizer that has a chat template the text is the template's, its special tokens written
     out, so tokenize it with ``add_special_tokens=False``. ``plain`` allows a transcript where there
     is no template, ``"\\n\\nHuman: ...\\n\\nAssistant:"``, as hh-rlhf writes its dialogues.
+    ``keep_messages`` is for prompts, whose rewards may need the messages in another template.
     """
 
     tokenizer: Any = None
     plain: bool = False
+    keep_messages: bool = False
 
     def _has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
@@ -52,6 +54,10 @@ class Dialogue:
                 text = _common_prefix(text, whole)
             texts.append(whole)
         return text, [whole[len(text) :] for whole in texts]
+
+    def columns(self, extra: dict[str, Any], prompt: Messages) -> dict[str, Any]:
+        """A row's other columns, with the prompt's messages where they are kept."""
+        return {**extra, "prompt_messages": prompt} if self.keep_messages else extra
 
     def text(self, messages: Messages) -> str:
         """All messages as one text."""

@@ -47,6 +47,7 @@ def _preference(values: Values, dialogue: Dialogue) -> Iterator[Preference]:
         messages = messages_of(prompt, "prompt")
         answers = [messages_of(chosen, "chosen"), messages_of(rejected, "rejected")]
         asked, (better, worse) = dialogue.render(messages, answers)
+        extra = dialogue.columns(extra, messages)
     elif isinstance(chosen, list) or isinstance(rejected, list):
         # As in ultrafeedback_binarized: the messages hold the prompt, and its column repeats it.
         yield from _implicit_prompt(values, dialogue)
@@ -68,6 +69,7 @@ def _implicit_prompt(values: Values, dialogue: Dialogue) -> Iterator[Preference]
             raise BadRow("'chosen' and 'rejected' begin with different messages: no prompt")
         answers: list[Messages] = [first[shared:], second[shared:]]
         prompt, (better, worse) = dialogue.render(first[:shared], answers)
+        extra = dialogue.columns(extra, first[:shared])
     else:
         better, worse = text(values, "chosen"), text(values, "rejected")
         prompt = shared_text(better, worse)
@@ -78,9 +80,10 @@ def _implicit_prompt(values: Values, dialogue: Dialogue) -> Iterator[Preference]
 def _prompt_completion(values: Values, dialogue: Dialogue) -> Iterator[Demonstration]:
     extra = extra_of(values, "prompt", "completion")
     if isinstance(values["prompt"], list):
+        messages = messages_of(values["prompt"], "prompt")
         answer = messages_of(values["completion"], "completion")
-        prompt, (completion,) = dialogue.render(messages_of(values["prompt"], "prompt"), [answer])
-        yield Demonstration(prompt, completion, extra)
+        prompt, (completion,) = dialogue.render(messages, [answer])
+        yield Demonstration(prompt, completion, dialogue.columns(extra, messages))
     else:
         yield Demonstration(text(values, "prompt"), text(values, "completion"), extra)
 
@@ -90,7 +93,7 @@ def _prompt_only(values: Values, dialogue: Dialogue) -> Iterator[Prompt]:
     if isinstance(values["prompt"], list):
         messages = messages_of(values["prompt"], "prompt")
         prompt, _ = dialogue.render(messages, [])
-        yield Prompt(prompt, {**extra, "prompt_messages": messages})
+        yield Prompt(prompt, dialogue.columns(extra, messages))
     else:
         yield Prompt(text(values, "prompt"), extra)
 
@@ -100,7 +103,8 @@ def _messages(values: Values, dialogue: Dialogue) -> Iterator[Demonstration]:
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise BadRow("column 'messages': expected an assistant's answer as the last message")
     prompt, (completion,) = dialogue.render(messages[:-1], [messages[-1:]])
-    yield Demonstration(prompt, completion, extra_of(values, "messages"))
+    extra = dialogue.columns(extra_of(values, "messages"), messages[:-1])
+    yield Demonstration(prompt, completion, extra)
 
 
 def _text(values: Values, dialogue: Dialogue) -> Iterator[Demonstration]:

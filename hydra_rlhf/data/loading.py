@@ -108,7 +108,8 @@ def _checked(
         raise UserError(f"overlong: expected error, drop or truncate, got {overlong!r}")
     named = format_named(format) if format is not None else None
     rows = grown(read_rows(source, split=split, streaming=streaming))
-    found = _examples(kind, str(source), rows, named, Dialogue(tokenizer))
+    dialogue = Dialogue(tokenizer, keep_messages=kind is Prompt)
+    found = _examples(kind, str(source), rows, named, dialogue)
     if max_length is not None:
         found = fit(found, tokenizer, max_length, overlong=overlong)
     return _some(found, str(source), kind, limit)
@@ -159,6 +160,13 @@ def _check_kind(kind: type, format: Format, source: str) -> None:
         raise UserError(f"{source}: format text has no prompts; formats with prompts: {prompts}")
 
 
+def _answers(example: Example) -> dict[str, Any]:
+    """The answers as columns, for rewards that compare with them."""
+    if isinstance(example, Preference):
+        return {"chosen": example.chosen, "rejected": example.rejected}
+    return {"completion": example.completion} if isinstance(example, Demonstration) else {}
+
+
 def examples_as(kind: type[E_], examples: Iterable[Example]) -> Iterator[E_]:
     """One row's examples as the kind that is asked for."""
     seen = set()
@@ -171,7 +179,7 @@ def examples_as(kind: type[E_], examples: Iterable[Example]) -> Iterator[E_]:
             continue  # the first pair of a prompt has its best answer
         seen.add(example.prompt)
         if kind is Prompt:
-            yield Prompt(example.prompt, example.extra)  # type: ignore[misc]
+            yield Prompt(example.prompt, _answers(example) | example.extra)  # type: ignore[misc]
         elif isinstance(example, Preference):
             yield Demonstration(example.prompt, example.chosen, example.extra)  # type: ignore[misc]
         elif isinstance(example, Demonstration):

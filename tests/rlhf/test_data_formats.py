@@ -54,7 +54,9 @@ def test_preference(write):
         Preference("A", " b", " c", 1.5),
         Preference("A", " b", " c"),
     ]
-    assert load_prompts(path) == [Prompt(p.prompt, p.extra) for p in pairs]
+    assert load_prompts(path) == [
+        Prompt(p.prompt, {"chosen": p.chosen, "rejected": p.rejected, **p.extra}) for p in pairs
+    ]
     assert load_sft(path) == [Demonstration(p.prompt, p.chosen, p.extra) for p in pairs]
 
 
@@ -85,13 +87,16 @@ def test_implicit_prompt(write, chosen, rejected, prompt):
 def test_conversations_take_the_chat_template(write, tokenizer, row):
     path = write(row)
     assert load_preferences(path, tokenizer=tokenizer) == [CHAT]
-    assert load_prompts(path, tokenizer=tokenizer) == [Prompt(CHAT.prompt)]
+    columns = {"chosen": CHAT.chosen, "rejected": CHAT.rejected, "prompt_messages": [USER]}
+    assert load_prompts(path, tokenizer=tokenizer) == [Prompt(CHAT.prompt, columns)]
 
 
 def test_messages_and_prompt_lists(write, tokenizer):
     demonstration = Demonstration(CHAT.prompt, CHAT.chosen)
     for row in ({"messages": [USER, GOOD]}, {"prompt": [USER], "completion": [GOOD]}):
         assert load_sft(write(row), tokenizer=tokenizer) == [demonstration]
+        columns = {"completion": CHAT.chosen, "prompt_messages": [USER]}
+        assert load_prompts(write(row), tokenizer=tokenizer) == [Prompt(CHAT.prompt, columns)]
     path = write({"prompt": [USER]})
     prompts = [Prompt(CHAT.prompt, {"prompt_messages": [USER]})]
     assert load_prompts(path, tokenizer=tokenizer) == prompts
@@ -118,7 +123,7 @@ def test_a_template_that_refuses(write, tokenizer):
 def test_completions_and_text(write):
     path = write({"prompt": "The sky is", "completion": " blue."})
     assert load_sft(path) == [Demonstration("The sky is", " blue.")]
-    assert load_prompts(path) == [Prompt("The sky is")]
+    assert load_prompts(path) == [Prompt("The sky is", {"completion": " blue."})]
     assert load_sft(write({"text": "The sky."})) == [Demonstration("", "The sky.")]
     assert load_prompts(write({"prompt": "The sky is"})) == [Prompt("The sky is")]
 
@@ -166,6 +171,10 @@ def test_sharegpt(write, tokenizer):
         CHAT,
         Preference("<system>Be kind.</s>" + CHAT.prompt, CHAT.chosen, CHAT.rejected),
     ]
+    kept = [prompt.extra["prompt_messages"] for prompt in load_prompts(path, tokenizer=tokenizer)]
+    assert kept == [[USER], [{"role": "system", "content": "Be kind."}, USER]]
+    (prompt,) = load_prompts(write({"conversations": [human, gpt]}), tokenizer=tokenizer)
+    assert prompt.extra == {"completion": CHAT.chosen, "prompt_messages": [USER]}
 
 
 def test_gpt4_comparisons(write):
@@ -181,7 +190,7 @@ def test_gpt4_comparisons(write):
         Preference(prompt, " great", " bad", 3.0),
     ]
     assert load_sft(path) == [Demonstration(prompt, " great")]
-    assert load_prompts(path) == [Prompt(prompt)]
+    assert load_prompts(path) == [Prompt(prompt, {"chosen": " great", "rejected": " ok"})]
 
 
 def oasst(role, text, *replies, **more):
@@ -216,6 +225,11 @@ def test_oasst_trees(write):
     assert load_sft(path) == [
         Demonstration(first, " Blue.", extra),
         Demonstration(second, " Night.", extra),
+    ]
+    asked = [prompt.extra["prompt_messages"] for prompt in load_prompts(path)]
+    assert [[turn["content"] for turn in turns] for turns in asked] == [
+        ["Sky?"],
+        ["Sky?", "Blue.", "And then?"],
     ]
 
 
