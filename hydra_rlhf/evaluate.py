@@ -275,6 +275,8 @@ def summary_table(evaluation: Evaluation, title: str) -> Table:
     if has_reward:
         numeric.append("RM reward")
     numeric += ["KL", "length", "ended", "distinct-2"]
+    if first.rouge is not None:
+        numeric.append("ROUGE-1/2/L")
     rows = []
     for report in evaluation.policies:
         row = [report.policy]
@@ -289,6 +291,8 @@ def summary_table(evaluation: Evaluation, title: str) -> Table:
             f"{100 * report.ended:.0f}%",
             f"{report.distinct_2:.2f}",
         ]
+        if report.rouge is not None:
+            row.append("/".join(f"{f:.2f}" for f in report.rouge.values()))
         rows.append(row)
     return table(title, columns + numeric, rows, numeric=len(numeric))
 

@@ -33,6 +33,18 @@ def test_evaluate_without_a_judge_stops_before_the_first_answer(tmp_path, model,
     assert "response_length 32 leaves no room for a prompt in a context of 32 tokens" in line
 
 
+@pytest.mark.parametrize("answers", [("completion",), ("chosen", "rejected")], ids=" ".join)
+def test_rouge_is_against_the_answers_that_the_prompts_came_with(answers, tmp_path, model, capsys):
+    pytest.importorskip("rouge_score", reason="rouge-score is an extra")
+    judge = with_reward_head(model, tmp_path / "judge")
+    prompts = tmp_path / "prompts.jsonl"
+    row = {"prompt": "The rain.", **{column: f" It is {column}." for column in answers}}
+    prompts.write_text(json.dumps(row) + "\n")
+    sizes = ("--response-length", "4", "--show", "0", "--rouge")
+    assert cli.main(["evaluate", str(judge), "--prompts", str(prompts), *sizes]) == 0
+    assert "ROUGE-1/2/L" in capsys.readouterr().out
+
+
 def test_evaluate_says_when_the_judge_is_what_ppo_trains_against(tmp_path, model, capsys):
     judge = with_reward_head(model, tmp_path / "judge")
     prompts = tmp_path / "prompts.jsonl"
