@@ -57,7 +57,7 @@ def test_dry_run_of_every_part(tmp_path, check):
     after = {p: (repo / p).stat().st_mtime_ns for p in files_below(repo) if p.parts[0] != "build"}
     assert after == before
     files = files_below(out)
-    due = {name for names in check.report.OF_PART.values() for name in names}
+    due = {name for part in check.main.LIMITS for name in check.report.OF_PART[part]}
     assert {str(p) for p in files} == due | set(check.report.SUMMARY) and len(files) <= 8
     assert max((out / p).stat().st_size for p in files) < 16 * 2**20
 
@@ -242,6 +242,16 @@ def test_one_part_leaves_what_the_others_have_measured(driver):
     assert (out / "ops.jsonl").read_text() == "kept" and not (out / "ppo.jsonl").exists()
     assert (out / "sanitizer.log").exists() and summary["sanitizer"] is None
     assert summary["ops"] == [] and summary["tests"] == {}
+
+
+def test_tune_runs_only_where_it_is_asked_for(driver):
+    limits = {"ops": 20}
+    parts = {"ops": "", "tune": "print('tuned')\n"}
+    code, summary, out = driver(parts, "--only", "tune", limits=limits)
+    assert code == 0 and [p["name"] for p in summary["parts"]] == ["tune"]
+    assert (out / "tune.log").read_text() == "tuned\n"
+    _, summary, _ = driver(parts, limits=limits)
+    assert [p["name"] for p in summary["parts"]] == ["ops"]
 
 
 def test_the_limits_add_up_to_less_than_nine_minutes(check):

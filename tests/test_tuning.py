@@ -379,7 +379,7 @@ def test_the_tuner_checks_what_the_kernels_write(monkeypatch, op, wrong):
     kernels = {
         "ppo_loss": ["ppo_loss_fwd"],
         "linear_logprob": [f"linear_logprob_{k}" for k in ("fwd", "dlogits", "dhidden")],
-        "lora_linear": [f"lora_linear_{k}" for k in ("shrink", "append", "contract")],
+        "lora_linear": [f"lora_linear_{k}" for k in ("shrink", "fwd", "contract", "bwd")],
     }[op]
 
     def half(*size):
@@ -387,8 +387,8 @@ def test_the_tuner_checks_what_the_kernels_write(monkeypatch, op, wrong):
 
     mask = torch.rand(3, 1000, device=DEVICE) < 0.7
     tokens = [torch.randn(3, 1000, device=DEVICE) for _ in range(6)]
-    x, weight, a, b = (half(*size) for size in [(70, 96), (300, 96), (8, 96), (300, 8)])
-    targets = torch.randint(300, (70,), device=DEVICE).masked_fill_(
+    x, weight, a, b = (half(*size) for size in [(70, 96), (304, 96), (8, 96), (304, 8)])
+    targets = torch.randint(304, (70,), device=DEVICE).masked_fill_(
         torch.arange(70, device=DEVICE) % 9 == 0, -100
     )
     ids = torch.arange(70, device=DEVICE) % 3 - 1

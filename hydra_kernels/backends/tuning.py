@@ -80,7 +80,8 @@ def fastest(
 ) -> Config:
     """The fastest candidate of those that run and write what the default, the first, writes.
 
-    The others are logged, each with what is wrong with it. Outputs are left as the default's.
+    The others are logged, each with what is wrong with it. Outputs are left as the default's. The
+    time of each is logged too, for whoever lists INFO.
 
     Raises:
         RuntimeError: the default does not run, or a candidate has lost the device.
@@ -112,6 +113,8 @@ def fastest(
             _log.warning("%s: tuning left out %s: %s", kernel, dict(config), wrong)
     for t, kept in zip(mine, result, strict=True):
         t.copy_(kept)
+    for ms, i in times:
+        _log.info("%s: %.4f ms with %s", kernel, ms, dict(candidates[i]))
     best, winner = min(times)
     _log.info("%s: %s, %.4f ms (default %.4f)", kernel, candidates[winner], best, times[0][0])
     return candidates[winner]

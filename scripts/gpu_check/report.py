@@ -11,12 +11,14 @@ from typing import Any
 SUMMARY = ("gpu_check.json", "gpu_check.csv")
 #: What each part writes to OUT, its log first; a part that is run again replaces its own. Eight
 #: files in all, few and small, so that they can be carried off as they are: two parts share a log.
+#: tune, which is no part of a whole run, has three more.
 OF_PART = {
     "build": ("build.log",),
     "tests": ("tests.log",),
     "sanitizer": ("sanitizer.log",),
     "ops": ("bench.log", "ops.jsonl"),
     "ppo": ("bench.log", "ppo.jsonl"),
+    "tune": ("tune.log", "tuning.json", "tuned.jsonl"),
 }
 OURS = ("cuda", "triton", "cpu", "reference")
 OP_COLUMNS = ("op", "mode", "shape", "dtype", "ours", "ours ms", "best peer", "peer ms",
