@@ -1,9 +1,13 @@
 """Lora_linear's joint kernel: the wide product, s and what s adds, in one grid."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 from hydra_kernels import Projection, lora_linear_group
+from hydra_kernels.backends.lora_plan import Plan
 from tests.numerics import device_of, fast_backends
 from tests.ops.test_lora_linear import make_layer
 from tests.ops.test_lora_linear_kernels import run
@@ -15,6 +19,7 @@ if "triton" not in fast_backends("lora_linear"):
 from hydra_kernels.backends.triton import lora_linear as kernel
 from hydra_kernels.backends.triton import lora_linear_joint as joint
 from hydra_kernels.backends.triton import runtime
+from hydra_kernels.backends.triton.lora_linear_gates import Gates
 from tests.ops.test_lora_linear_triton import assert_near_float64, make_call, needs_tma
 
 DEVICE = device_of("triton")
@@ -146,6 +151,43 @@ def test_nothing_is_launched_for_no_rows(joined):
     settings = (*settings[:-1], settings[-1][:, :0])
     y, dx, *_ = run(inputs, *settings, "triton")
     assert y.shape == (2, 0, 40) and dx.shape == (2, 0, 24) and not joined.seen
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is a program of the interpreter, which can be met")
+def test_waits_for_units_that_are_in_other_hands(joined, monkeypatch):
+    """Their tickets have been drawn; s is written, and counted, while the kernel runs."""
+    x, weight = torch.randn(37, 24).to(HALF), torch.randn(40, 24).to(HALF)
+    a, b, right = (torch.randn(size).to(HALF) for size in [(5, 24), (40, 5), (37, 5)])
+    plan = Plan((1,), (0,), (1.0,), 1, 0.0)
+    launched = joint.lora_linear_joint_kernel
+    spun = []
+
+    class Late:
+        def __getitem__(self, grid):
+            def start(*arguments, **constants):
+                s, counters = arguments[3], arguments[10]
+                s.fill_(torch.nan)
+                counters[0] = 3  # three blocks of rows, each a unit
+
+                def others():
+                    time.sleep(0.3)
+                    spun.append(int(counters[2]))  # programs that have left
+                    s.copy_(right)
+                    counters[1] = 3
+
+                thread = threading.Thread(target=others)
+                thread.start()
+                launched[grid](*arguments, **constants)
+                thread.join()
+
+            return start
+
+    monkeypatch.setattr(joint, "lora_linear_joint_kernel", Late())
+    gates = Gates(plan, (5,), None, x)
+    y, _, _ = joint.product(x, weight, None, a.t(), None, b, gates, 0.0, None, BLOCKS)
+    expected = x.double() @ weight.double().t() + right.double() @ b.double().t()
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-2)
+    assert spun == [0]
 
 
 def test_blocks_of_a_unit_by_hand():
