@@ -15,6 +15,7 @@ if "triton" not in fast_backends("lora_linear"):
     pytest.skip("Triton's kernels run on a GPU or interpreted", allow_module_level=True)
 
 from hydra_kernels.backends.triton import lora_linear as kernel
+from hydra_kernels.backends.triton import lora_linear_gates
 from hydra_kernels.backends.triton import lora_linear_tiles as tiles
 from hydra_kernels.backends.triton.lora_linear_gates import Gates
 
@@ -235,9 +236,26 @@ def test_blocks_of_rows_start_and_stop_at_their_own_adapters_ranks(dtype):
     assert_near_float64(*make_call(12 * 16, 24, 20, (40, 9, 70, 33), dtype, ids))
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "float16"])
+def test_past_many_ranks_rows_have_places_for_their_own_alone(monkeypatch, dtype):
+    """A ninth of the sums over columns; ranks of one adapter in two blocks of ranks."""
+    monkeypatch.setattr(lora_linear_gates, "MANY_RANKS", 64)
+    shapes = []
+    reduce = kernel._reduce
+
+    def reduced(parts, out, gates):
+        shapes.append(tuple(parts.shape[1:]))
+        return reduce(parts, out, gates)
+
+    monkeypatch.setattr(kernel, "_reduce", reduced)
+    ids = [0, 3, 2, -1, 8, 3]
+    assert_near_float64(*make_call(60, 24, 20, (12, 9, 5, *[12] * 6), dtype, ids))
+    assert (60, 12) in shapes and (60, 98) not in shapes
+
+
 def gates_of(ids, counts, owners, ranks, num_adapters):
     plan = Plan(counts, owners, (1.0,) * len(owners), num_adapters, 0.0)
-    return Gates(plan, ranks, ids, torch.empty(len(ids), 8, device=DEVICE))
+    return Gates(plan, ranks, ids, torch.empty(2 if ids is None else len(ids), 8, device=DEVICE))
 
 
 def test_spans_by_hand():
@@ -249,6 +267,22 @@ def test_spans_by_hand():
     assert first.spans(16).tolist() == [[0, 20], [29, 0], [20, 29], [29, 0]]
     assert second.spans(16).tolist() == [[40, 0], [40, 0], [0, 40], [40, 0]]
     assert first.spans(32) is None and second.spans(64) is None  # all in one block
+
+
+def test_places_by_hand(monkeypatch):
+    monkeypatch.setattr(lora_linear_gates, "MANY_RANKS", 4)
+    ids = torch.tensor([0, 1], device=DEVICE)
+    # the first projection has two adapters of 0, that run together, and one of 2
+    gates = gates_of(ids, (3, 2), (0, 2, 0, 1, 2), (2, 5, 3, 4, 4), 3)
+    first, second = gates.ranks(0, 10), gates.ranks(10, 18)
+    assert first.within().tolist() == [0, 1, 0, 1, 2, 3, 4, 2, 3, 4] and first.width() == 5
+    assert second.within().tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and second.width() == 4
+    assert gates.width() == 9  # of 18: one of them has half of all
+    assert gates.ranks(0, 7).within() is None  # of 7, one has 5
+    assert gates_of(None, (2,), (0, 0), (20, 20), 1).width() == 0  # all run on all rows
+    assert lora_linear_gates._counted((0, 1, 0, 5, 6, 0), torch.device(DEVICE)).tolist() == [
+        0, 1, 0, 5, 6, 0,
+    ]  # fmt: skip
 
 
 def test_an_id_that_no_adapter_has_is_off():

@@ -208,8 +208,10 @@ def _contract(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Parts of x factor (P, M, R) and of drop(x)^T s (P, C, R), float32."""
+    """Parts of x factor (P, M, R) and of drop(x)^T s (P, C, R), float32; of the first only what a
+    row's own adapter has, (P, M, gates.width()), where that is much less."""
     m, c = x.shape
+    width, within = (0, None) if factor is None else (gates.width(), gates.within())
     has_dropout = dropout > 0.0
 
     def run(config: tuning.Config) -> tuple[Tensor | None, Tensor | None]:
@@ -221,7 +223,7 @@ def _contract(
         chunks = triton.cdiv(row_blocks, max(blocks_of_chunk, 1))
         over_cols = over_rows = None
         if factor is not None:
-            over_cols = x.new_empty((col_blocks, m, ranks), dtype=torch.float32)
+            over_cols = x.new_empty((col_blocks, m, width or ranks), dtype=torch.float32)
         if s is not None:
             over_rows = x.new_empty((chunks, c, ranks), dtype=torch.float32)
         if m * c * ranks == 0:
@@ -234,6 +236,8 @@ def _contract(
             over_rows,
             gates.ids,
             gates.owner,
+            within,
+            width,
             seed,
             m,
             c,
@@ -284,6 +288,8 @@ def _reduce(parts: Tensor, out: Tensor, gates: Gates | None) -> Tensor:
         gates.ids if has_ids else None,
         gates.owner if gated else None,
         gates.scale if gated else None,
+        gates.within() if gated else None,
+        gates.width() if gated else 0,
         parts.shape[0],
         rows,
         ranks,

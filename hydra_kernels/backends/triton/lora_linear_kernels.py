@@ -264,10 +264,12 @@ def lora_linear_contract_kernel(
     x,  # (M, C)
     f,  # (C, R)
     s,  # (M, ld) of which R columns from `s` on
-    over_cols,  # (blocks of C, M, R) float32: parts of x f
+    over_cols,  # (blocks of C, M, R) float32: parts of x f; (blocks of C, M, width) with ``within``
     over_rows,  # (chunks of M, C, R) float32: parts of drop(x)^T s
     ids,
     owner,
+    within,  # (R,) int32, or None: see Gates
+    width,
     seed,
     num_rows,
     num_cols,
@@ -330,11 +332,15 @@ def lora_linear_contract_kernel(
                 total = tl.dot(tl.trans(wide), small, total, input_precision="ieee")
             if OVER_COLS:  # where it is off, reduce reads nothing
                 at = pid_c.to(tl.int64) * num_rows + rows
-                tl.store(
-                    over_cols + at[:, None] * num_ranks + offs_r[None, :],
-                    part,
-                    mask=inside[:, None] & r_inside[None, :],
-                )
+                if within is None:
+                    tl.store(
+                        over_cols + at[:, None] * num_ranks + offs_r[None, :],
+                        part,
+                        mask=inside[:, None] & r_inside[None, :],
+                    )
+                else:
+                    place = tl.load(within + offs_r, mask=r_inside, other=0)
+                    tl.store(over_cols + at[:, None] * width + place[None, :], part, mask=on > 0)
     if OVER_ROWS:
         at = pid_m * num_cols + offs_c
         tl.store(
@@ -346,11 +352,13 @@ def lora_linear_contract_kernel(
 
 @triton.jit
 def lora_linear_reduce_kernel(
-    parts,  # (P, rows, R) float32
+    parts,  # (P, rows, R) float32, with ``within`` (P, rows, width)
     out,
     ids,
     owner,
     scale,
+    within,
+    width,
     num_parts,
     num_rows,
     num_ranks,
@@ -372,8 +380,12 @@ def lora_linear_reduce_kernel(
         id_of_row = _ids(ids, row, inside, rows_per_id)
         on = inside & (id_of_row == tl.load(owner + rank, mask=inside, other=-2).to(tl.int32))
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    at, step = offs, size
+    if within is not None:
+        at = row * width + tl.load(within + rank, mask=inside, other=0)
+        step = tl.cast(num_rows, tl.int64) * width
     for part in range(num_parts):
-        total += tl.load(parts + part * size + offs, mask=on, other=0.0)
+        total += tl.load(parts + part * step + at, mask=on, other=0.0)
     if GATED:
         total *= tl.load(scale + rank, mask=inside, other=0.0)
     tl.store(out + row * stride_row + rank * stride_rank, total, mask=inside)

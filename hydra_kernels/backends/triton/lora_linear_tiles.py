@@ -112,14 +112,16 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 yield from _of_rank(dtype, name, rank, dropout)
             if rank <= 32:  # its widest block of ranks
                 yield from _appended(dtype, name, rank)
-        yield (
-            lora_linear_reduce_kernel,
-            {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
-            | {"scale": "*fp32:16", "num_parts": "i32", "num_rows": "i32:16"}
-            | {"num_ranks": "i32:16", "stride_row": "i32:16", "rows_per_id": "i32"},
-            {"GATED": True, "HAS_IDS": True, "BLOCK": 512, "stride_rank": 1},
-            {"label": name, "num_warps": 4},
-        )
+        for within in (None, "*i32:16"):
+            yield (
+                lora_linear_reduce_kernel,
+                {"parts": "*fp32:16", "out": f"*{name}:16", "ids": "*i64:16", "owner": "*i64:16"}
+                | {"within": within, "width": "i32:16"}
+                | {"scale": "*fp32:16", "num_parts": "i32", "num_rows": "i32:16"}
+                | {"num_ranks": "i32:16", "stride_row": "i32:16", "rows_per_id": "i32"},
+                {"GATED": True, "HAS_IDS": True, "BLOCK": 512, "stride_rank": 1},
+                {"label": name + " within" * (within is not None), "num_warps": 4},
+            )
 
 
 def _of_rank(
@@ -162,14 +164,17 @@ def _of_rank(
         archs = {"archs": (90,)} if i else {}
         blocks, options = _build(config, label, expects=expects, **archs)
         both = not dropout  # dS and dB; with dropout, dA
-        yield (
-            lora_linear_contract_kernel,
-            {"x": wide, "f": wide, "s": wide, "over_cols": "*fp32:16", "over_rows": "*fp32:16"}
-            | {"stride_s": "i32:16", "stride_fc": "i32:16", "chunk": "i32:16"}
-            | common,
-            {**flags, **blocks, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
-            options,
-        )
+        # Past MANY_RANKS rows have places for their own adapter's alone.
+        for within in (None, "*i32:16") if both and rank == 64 and i == 0 else (None,):
+            yield (
+                lora_linear_contract_kernel,
+                {"x": wide, "f": wide, "s": wide, "over_cols": "*fp32:16", "over_rows": "*fp32:16"}
+                | {"stride_s": "i32:16", "stride_fc": "i32:16", "chunk": "i32:16"}
+                | {"within": within, "width": "i32:16"}
+                | common,
+                {**flags, **blocks, "OVER_COLS": both, "OVER_ROWS": True, "stride_fr": 1},
+                {**options, "label": options["label"] + " within" * (within is not None)},
+            )
 
 
 _SWITCHES = ("APPEND", "GROUP", "TMA")
