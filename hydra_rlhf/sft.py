@@ -11,6 +11,7 @@ microbatch are divided by the counts of the batch, not averaged twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ from hydra_rlhf.records import Tracker
 from hydra_rlhf.schedule import advance
 from hydra_rlhf.sft_config import LIKELIHOOD_OBJECTIVES, REWARD_OBJECTIVES, TITLES, SFTConfig
 from hydra_rlhf.sft_resume import Course
+
+_log = logging.getLogger("hydra_rlhf")
 
 
 @dataclass
@@ -220,6 +223,8 @@ def train(
     encoded, held_out = _encode(config, model, tokenizer, pairs, eval_pairs, demonstrations)
     plan = _plan_batches(config, encoded)
     trainer = Trainer(config, model, tokenizer, accelerator, len(plan), run_dir)
+    if config.objective != "sft" and accelerator.is_main_process:
+        _tell_of_ties(encoded)
     course = Course(config, trainer, encoded, run_dir=run_dir, resume=resume)
     shown: dict[str, float] = {}
     with tracker.progress(TITLES[config.objective], len(plan)) as bar, course.stoppable():
@@ -362,6 +367,19 @@ def _encode(
     if config.packing:
         packing.check(model, max(map(len, [*encoded, *alone, *held_out])))
     return mix(encoded, alone, config.mix, seed=config.seed), held_out
+
+
+def _tell_of_ties(encoded: Sequence[EncodedPair]) -> None:
+    """Warns of pairs without a preference: as data that was joined wrongly, or cut short, has."""
+    pairs = [pair for pair in encoded if pair.rejected]
+    ties = sum(pair.chosen == pair.rejected for pair in pairs)
+    if ties:
+        _log.warning(
+            "%d of %d pairs have the same answer chosen and rejected, as far as it fits the "
+            "context: no ranking is learned from them",
+            ties,
+            len(pairs),
+        )
 
 
 def _plan_batches(config: SFTConfig, pairs: list[EncodedPair]) -> list[list[EncodedPair]]:

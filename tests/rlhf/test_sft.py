@@ -267,6 +267,19 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("objective", ["hydra", "rm", "rrhf", "sft"])
+def test_pairs_without_a_preference_are_told_of(objective, caplog):
+    """Two that say the same, and one whose answers differ beyond the context alone."""
+    given = [*pairs(5), Preference("5", "6 7", "6 7"), Preference("5", "8", "8")]
+    given.append(Preference("5", "9 " * 31 + "3", "9 " * 31 + "4"))
+    config = SFTConfig(objective=objective, max_steps=1, batch_size=2)
+    with caplog.at_level("WARNING", logger="hydra_rlhf"):
+        sft.train(config, tiny_model(), Words(), given[:5], Tracker(None))
+        assert "chosen and rejected" not in caplog.text
+        sft.train(config, tiny_model(), Words(), given, Tracker(None))
+    assert ("3 of 8 pairs have the same answer" in caplog.text) == (objective != "sft")
+
+
 def test_accumulation_is_exact():
     """Microbatches of unequal token counts give the step of the whole batch."""
     given = pairs(12)
