@@ -266,7 +266,7 @@ def shape_scores(
         ended: (B,) bool, False where the response ran out of length.
         missing_eos_penalty: Taken from those.
         missing_eos_score: Or put in their place.
-        moments: Divide by its standard deviation, after adding this batch to it.
+        moments: Divide by its standard deviation, after adding this batch to it, once there is one.
         center: Also subtract its mean.
         clip: Largest magnitude.
         gather: Scores of every process, for the moments.
@@ -281,7 +281,9 @@ def shape_scores(
     if moments is not None:
         moments.update(gather(scores))
         mean = moments.mean if center else 0.0
-        scores = (scores - mean) / (moments.std + 1e-8)
+        # Scores that were all alike so far have no scale: a failing check's -1 would be -1e8.
+        alike = moments.std <= 1e-6 * abs(moments.mean)
+        scores = (scores - mean) / (1.0 if alike else moments.std)
     return scores if clip is None else scores.clamp(-clip, clip)
 
 

@@ -38,6 +38,23 @@ def test_clipping_comes_last_and_on_both_sides():
     assert found.tolist() == pytest.approx([4 / std, 2 / std, -0.9, 0.9], rel=1e-6)
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_scores_that_were_all_alike_are_not_scaled(center):
+    """As of a check that fails at first: there is no spread yet to divide by."""
+    moments = RunningMoments()
+    for score in (-1.0, 0.1):
+        alike = torch.full((3,), score)
+        for _ in range(2):
+            found = shape_scores(alike, ENDED[:3], moments=RunningMoments(), center=center)
+            torch.testing.assert_close(found, alike * (not center), atol=1e-6, rtol=0)
+    shape_scores(torch.full((4,), -1.0), ENDED[:1].expand(4), moments=moments, center=center)
+    spread = torch.tensor([-1.0, 1.0])
+    found = shape_scores(spread, ENDED[:2], moments=moments, center=center)
+    every = torch.tensor([-1.0] * 5 + [1.0])
+    expected = (spread - center * every.mean()) / every.std()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_moments_are_those_of_every_process():
     moments = RunningMoments()
     everybody = lambda mine: torch.cat([mine, torch.tensor([100.0, 300.0])])  # noqa: E731
