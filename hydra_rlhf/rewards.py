@@ -83,9 +83,11 @@ def call_reward_fn(
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         columns = {k: v for k, v in columns.items() if k in parameters}
     try:
-        answer = fn(prompts=prompts, completions=completions, **columns)
-        if isinstance(answer, Iterator):  # whose code has yet to run
-            answer = list(answer)
+        # A model in it has a precision of its own, whatever the policy's passes run in.
+        with torch.autocast(device.type, enabled=False):
+            answer = fn(prompts=prompts, completions=completions, **columns)
+            if isinstance(answer, Iterator):  # whose code has yet to run
+                answer = list(answer)
     except Exception as e:
         raise UserError(
             f"reward function {name} raised {type(e).__name__}: {e}{_line(fn, e)}"

@@ -356,6 +356,21 @@ def test_reward_function_gets_texts_and_columns():
     assert run(settings(max_steps=1), reward_fn=narrow, prompts=rows).metrics
 
 
+def test_a_reward_function_runs_in_its_own_precision():
+    """A reward model in it is not rounded to that of the policy's passes, nor in evaluation."""
+    seen = []
+
+    def reward(prompts, completions):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        third = torch.ones(1, 3) @ torch.full((3, 1), 1.0 / 3.0)
+        seen.append(third.dtype is not torch.float32)
+        return (float(third) for _ in prompts)
+
+    changes = dict(max_steps=1, mixed_precision="bf16", eval_steps=1)
+    run(settings(**changes), reward_fn=reward, eval_prompts=PROMPTS[:2])
+    assert seen == [False] * 6  # the rollout's, the policy's and the reference's
+
+
 def test_missing_eos_rules():
     """Each rule applies to the responses that ran out, and to no other."""
 
