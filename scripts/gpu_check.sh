@@ -4,8 +4,9 @@
 #   scripts/gpu_check.sh OUT [--only PART]... [--dry-run]
 #
 # At most 9 minutes; parts: build, tests, sanitizer, ops, ppo, and where asked for tune, 7 minutes. A
-# part that fails or runs out of its time does not stop the next. It downloads nothing and writes only to OUT and build/. --dry-run
-# goes through every part on a machine without a GPU. scripts/gpu_check/__main__.py has the rest.
+# part that fails or runs out of its time does not stop the next. It downloads nothing and writes
+# only to OUT and build/. --dry-run goes through every part on a machine without a GPU.
+# scripts/gpu_check/__main__.py has the rest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Relative to where it was called from, as any other command's argument.

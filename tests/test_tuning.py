@@ -1,5 +1,6 @@
 """Launch choices: the table, the default, and that nothing is timed unless it is asked for."""
 
+import contextlib
 import importlib
 import json
 from types import SimpleNamespace
@@ -420,3 +421,33 @@ def test_the_tuner_checks_what_the_kernels_write(monkeypatch, op, wrong):
     assert sorted(chosen) == sorted(kernels)
     assert all(of > 1 for _, of in chosen.values())
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2e-2)
+
+
+def test_what_a_candidate_tunes_in_turn_is_compiled_with_it(monkeypatch):
+    """The inner choices of all outer candidates in one go, and none of them made by what is not
+    launched."""
+    launch, ran = timed(monkeypatch, {64: 2.0, 128: 1.0})
+    listed = []
+
+    def compile_launches(launches):
+        for each in launches:
+            before = len(listed)
+            with contextlib.suppress(RuntimeError):
+                each()
+            listed[before:] = [tuple(listed[before:])]
+
+    monkeypatch.setattr(tuning, "compile_launches", compile_launches)
+    monkeypatch.setenv("HYDRA_AUTOTUNE", "1")
+
+    def inner(config):
+        if tuning._listing.on:
+            listed.append(config["BLOCK"])
+        return launch(config)
+
+    def outer(config):
+        assert choose(inner, M=7) == (DEFAULT if tuning._listing.on else WIDE)
+        return launch(config)
+
+    assert tuning.choose("outer", ON_GPU, {"M": 100}, (DEFAULT, WIDE), outer) == WIDE
+    assert listed[:2] == [(4096, 128), (4096, 128)] and not tuning._listing.on
+    assert ran == [64, 128, 64, 128]  # the inner ones once, when they are first launched

@@ -10,25 +10,30 @@ holds what was measured to be better, a row a kernel, architecture and range of 
     {"kernel": "gae_fwd", "arch": "90", "when": {"T": [1, 512]}, "config": {"BLOCK_T": 128}}
 
 The first row that fits wins. Nothing is ever timed at a user's call unless ``HYDRA_AUTOTUNE=1``:
-then the first call of each size (to the next power of two) on a GPU runs every candidate, leaves
-out those whose outputs are not the default's, and the process keeps the fastest of the rest. With
+then the first call of each size (to the next power of two) on a GPU compiles every candidate, side
+by side, runs each, leaves out those whose outputs are not the default's, and the process keeps the
+fastest of the rest. With
 ``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a file that is there is read
 before the package's: it has the same form, so that rows worth keeping are copied over as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import statistics
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hydra_kernels.backends.triton.side_by_side import compile_launches
 
 Config = Mapping[str, int]
 #: What a launch has written: a tensor, or several, None for one that this call has not.
@@ -62,7 +67,13 @@ def choose(
     arch = _arch(tensor.device)
     if launch is not None and len(candidates) > 1 and os.environ.get("HYDRA_AUTOTUNE") == "1":
         key = (kernel, arch, tuple((name, _bucket(n)) for name, n in sizes.items()))
+        if _listing.on:  # what this call would tune is compiled together with its caller's
+            for config in candidates[1:]:
+                with contextlib.suppress(Exception):
+                    launch(config)
+            return candidates[0]
         if key not in _found and not torch.cuda.is_current_stream_capturing():
+            _compile(candidates, launch)
             _found[key] = fastest(kernel, candidates, launch, _cuda_ms)
             _keep(key)
         if key in _found:
@@ -70,6 +81,24 @@ def choose(
     # Rows are few, but a launch takes microseconds: the search is remembered.
     row = _lookup(kernel, arch, tuple(sizes.items()), os.environ.get("HYDRA_TUNING_FILE"))
     return candidates[0] if row is None else row
+
+
+class _Listing(threading.local):
+    """Whether this thread runs launches only to see which kernels they need."""
+
+    on = False
+
+
+_listing = _Listing()
+
+
+def _compile(candidates: Sequence[Config], launch: Callable[[Config], Outputs]) -> None:
+    """Has the kernels of every candidate compiled, side by side, before any of them is timed."""
+    _listing.on = True
+    try:
+        compile_launches(functools.partial(launch, config) for config in candidates)
+    finally:
+        _listing.on = False
 
 
 def fastest(
