@@ -305,12 +305,15 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if not torch.compiler.is_compiling() and recording.any_batched(grads):
-            dhidden, dweight, dbias = _gradients_of_many(ctx, grads)
-            return (dhidden, dweight, None, dbias, *(None,) * 6)
         with torch.no_grad():
             args = _bwd_args(ctx, grads)
-            found = (None,) * 3 if args is None else _bwd(*args)
+            found: tuple[Tensor | None, ...]
+            if args is None:
+                found = (None,) * 3
+            elif not torch.compiler.is_compiling() and recording.any_batched(grads):
+                found = _gradients_of_many(ctx, grads)
+            else:
+                found = _bwd(*args)
         if args is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = once(_OP, found, (args[4], args[5], args[7], *grads))  # hidden, weight, bias
         dhidden, dweight, dbias = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 
@@ -171,8 +172,14 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """(2,) int64 on ``device``, the seed and the offset of one call's dropout mask."""
     if seed is None:
         return torch.randint(2**63 - 1, (2,), device=device)
-    if isinstance(seed, int):
-        return launch.table((seed, 0), torch.int64, device)
+    if not isinstance(seed, Tensor):
+        try:
+            number = operator.index(seed)
+        except TypeError:
+            raise ValueError(
+                f"{OP}: seed must be an int, a tensor or None, got {type(seed).__name__}"
+            ) from None
+        return launch.table((number, 0), torch.int64, device)
     if seed.dtype != torch.int64 or seed.numel() not in (1, 2) or seed.device != device:
         raise ValueError(
             f"{OP}: seed must hold one or two int64 on {device}, "

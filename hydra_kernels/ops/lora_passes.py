@@ -168,12 +168,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         saved = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
-        if not compiling and recording.any_batched(dys):
-            return (None, None, None, None, None, *_gradients_of_many(ctx, saved, dys))
+        many = not compiling and recording.any_batched(dys)
+        gradients = _gradients_of_many if many else _gradients
         if not torch.is_grad_enabled() or compiling:
-            return (None, None, None, None, None, *_gradients(ctx, saved, dys))
+            return (None, None, None, None, None, *gradients(ctx, saved, dys))
         with torch.no_grad():
-            found = _gradients(ctx, saved, dys)
+            found = gradients(ctx, saved, dys)
         return (None, None, None, None, None, *once(_OP, found, (saved[0], *saved[4:], *dys)))
 
 

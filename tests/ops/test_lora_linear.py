@@ -415,6 +415,7 @@ def test_refusals():
         ({"adapter_ids": torch.tensor(2)}, "between -1 and 1, got 2"),
         ({"adapter_ids": torch.tensor([0, 0, 0, -2])}, "between -1 and 1, got -2"),
         ({"adapter_ids": torch.zeros(4, dtype=torch.long, device="meta")}, "must be on cpu"),
+        ({"dropout": 0.1, "seed": 1.0}, "seed must be an int, a tensor or None, got float"),
         ({"dropout": 0.1, "seed": torch.tensor([1.0])}, "seed must hold"),
         ({"dropout": 0.1, "seed": torch.tensor([1, 2, 3])}, r"seed must hold .* got \(3,\)"),
         ({"dropout": 0.1, "seed": torch.ones(2, device="meta").long()}, "seed .* on meta"),

@@ -189,6 +189,10 @@ def test_many_upstream_gradients_at_once(name, backend, device):
         one = torch.autograd.grad(outputs, leaves, [each[i] for each in upstream])
         for a, b in zip(many, one, strict=True):
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-4)
+    if backend != "reference":  # and no constant, where they are to be differentiated again
+        outputs = [t for t in case.call(case.inputs, backend) if t.requires_grad]
+        with pytest.raises(RuntimeError, match="no derivative of its own"):
+            torch.autograd.grad(outputs, leaves, upstream, is_grads_batched=True, create_graph=True)
 
 
 @pytest.mark.parametrize("name", CASES)
