@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.measure import graphed
 from hydra_kernels import Projection, lora_linear_group
 from hydra_kernels.backends.lora_plan import Plan
 from tests.numerics import device_of, fast_backends
@@ -151,6 +152,49 @@ def test_nothing_is_launched_for_no_rows(joined):
     settings = (*settings[:-1], settings[-1][:, :0])
     y, dx, *_ = run(inputs, *settings, "triton")
     assert y.shape == (2, 0, 40) and dx.shape == (2, 0, 24) and not joined.seen
+
+
+def test_a_captured_graph_obeys_new_ids(joined):
+    """With counters of its own. Where nothing is captured, the same with a call in its place."""
+    inputs, settings = make_call(70, 40, 72, (16, 5), HALF, MIXED)
+    ids = settings[2]
+
+    def call():
+        return run(inputs, *settings, "triton")
+
+    replay = graphed(call) if DEVICE == "cuda" else call
+    before = None
+    for chosen in (MIXED, ALL_OF_ONE, OFF, MIXED):
+        ids.copy_(torch.tensor(chosen))
+        after = [t.clone() for t in replay()]
+        for mine, other in zip(after, call(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+        assert before is None or not torch.equal(before, after[0])
+        before = after[0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU: two streams at once")
+@pytest.mark.parametrize("per_sm", [1, 8], ids=["all programs fit", "one in eight fits"])
+def test_two_streams_at_once(joined, per_sm):
+    """Programs of two launches in each other's way: none hangs, and none takes another's counts."""
+    inputs, settings = make_call(4096, 1024, 2048, (16, 5), HALF, MIXED[:4])
+    joined.blocks = {**joint.candidates(21, 21)[0], "PER_SM": per_sm}
+    expected = run(inputs, *settings, "triton")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run(inputs, *settings, "triton"))
+    torch.cuda.synchronize()
+    assert len({counters.data_ptr() for counters in joined.seen}) == 3
+    for actual in found:
+        for i, (mine, other) in enumerate(zip(actual, expected, strict=True)):
+            if i in (2, 3):  # of weight and bias, which are cuBLAS's and torch's own
+                torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2)
+            else:
+                assert torch.equal(mine, other), i
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is a program of the interpreter, which can be met")
