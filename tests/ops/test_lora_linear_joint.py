@@ -1,8 +1,5 @@
 """Lora_linear's joint kernel: the wide product, s and what s adds, in one grid."""
 
-import threading
-import time
-
 import pytest
 import torch
 
@@ -16,6 +13,8 @@ from tests.ops.test_lora_linear_kernels import run
 pytest.importorskip("triton", reason="needs Triton, which exists for Linux on x86-64")
 if "triton" not in fast_backends("lora_linear"):
     pytest.skip("Triton's kernels run on a GPU or interpreted", allow_module_level=True)
+
+from triton.runtime import interpreter
 
 from hydra_kernels.backends.triton import lora_linear as kernel
 from hydra_kernels.backends.triton import lora_linear_joint as joint
@@ -178,7 +177,7 @@ def test_a_captured_graph_obeys_new_ids(joined):
 def test_two_streams_at_once(joined, per_sm):
     """Programs of two launches in each other's way: none hangs, and none takes another's counts."""
     inputs, settings = make_call(4096, 1024, 2048, (16, 5), HALF, MIXED[:4])
-    joined.blocks = {**joint.candidates(21, 21)[0], "PER_SM": per_sm}
+    joined.blocks = {**joint.candidates(21, 21, True)[0], "PER_SM": per_sm}
     expected = run(inputs, *settings, "triton")
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
@@ -204,34 +203,36 @@ def test_waits_for_units_that_are_in_other_hands(joined, monkeypatch):
     a, b, right = (torch.randn(size).to(HALF) for size in [(5, 24), (40, 5), (37, 5)])
     plan = Plan((1,), (0,), (1.0,), 1, 0.0)
     launched = joint.lora_linear_joint_kernel
-    spun = []
+    atomics = []
 
-    class Late:
+    class InOtherHands:
         def __getitem__(self, grid):
             def start(*arguments, **constants):
                 s, counters = arguments[3], arguments[10]
                 s.fill_(torch.nan)
                 counters[0] = 3  # three blocks of rows, each a unit
+                builder = interpreter.interpreter_builder
+                original = builder.create_atomic_rmw
 
-                def others():
-                    time.sleep(0.3)
-                    spun.append(int(counters[2]))  # programs that have left
-                    s.copy_(right)
-                    counters[1] = 3
+                def counted(*operands):
+                    atomics.append(None)
+                    if len(atomics) == 4:  # the first program's ticket, and it has looked twice
+                        s.copy_(right)
+                        counters[1] = 3
+                    return original(*operands)
 
-                thread = threading.Thread(target=others)
-                thread.start()
+                monkeypatch.setattr(builder, "create_atomic_rmw", counted)
                 launched[grid](*arguments, **constants)
-                thread.join()
 
             return start
 
-    monkeypatch.setattr(joint, "lora_linear_joint_kernel", Late())
+    monkeypatch.setattr(joint, "lora_linear_joint_kernel", InOtherHands())
     gates = Gates(plan, (5,), None, x)
     y, _, _ = joint.product(x, weight, None, a.t(), None, b, gates, 0.0, None, BLOCKS)
     expected = x.double() @ weight.double().t() + right.double() @ b.double().t()
     torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-2)
-    assert spun == [0]
+    # Each of three programs has drawn and left, and looked: the first three times, the others once.
+    assert len(atomics) == 3 * 2 + 3 + 1 + 1
 
 
 def test_blocks_of_a_unit_by_hand():
@@ -244,14 +245,14 @@ def test_blocks_of_a_unit_by_hand():
 
 def test_every_candidate_gives_the_same_answer(joined):
     inputs, settings = make_call(140, 72, 264, (16, 5), HALF, [0, 1, -1, 1, 0, -1, -1])
-    for config in joint.candidates(21, 21):
+    for config in joint.candidates(21, 21, True):
         joined.blocks = config
         assert_near_float64(inputs, settings)
 
 
 def test_candidates_differ():
     for ranks in (1, 16, 17, 64, 200):
-        found = joint.candidates(ranks, ranks)
+        found = joint.candidates(ranks, ranks, True)
         assert len({tuple(sorted(config.items())) for config in found}) == len(found)
         assert all(config["JOINT"] and config["BLOCK_K"] % 8 == 0 for config in found)
 

@@ -188,7 +188,7 @@ def _first_product(
     whole = joint.covers(x, weight, a.shape[0])
     candidates = tiles.append(ranks, x.dtype, tma)
     if whole:
-        candidates += joint.candidates(a.shape[0], ranks)
+        candidates += joint.candidates(a.shape[0], ranks, False)
     if m * c == 0:
         return run(candidates[0])
     sizes = {"M": m, "K": k, "N": c, "R": ranks, "itemsize": x.element_size(), "tma": int(tma)}
@@ -350,7 +350,7 @@ def _dx_ds_db(
         return run(default)
     sizes = {"M": m, "K": k, "N": n, "R": ranks, "itemsize": dy.element_size()}
     sizes["sums"] = int(s is not None)
-    candidates = default, *joint.candidates(ranks, ranks)
+    candidates = default, *joint.candidates(ranks, ranks, s is not None)
     return run(tuning.choose("lora_linear_bwd", dy, sizes, candidates, run))
 
 

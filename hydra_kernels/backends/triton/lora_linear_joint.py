@@ -119,17 +119,18 @@ def blocks_of_unit(row_blocks: int, tiles: int, programs: int) -> int:
 
 
 @functools.cache
-def candidates(all_ranks: int, ranks: int) -> tuple[Config, ...]:
+def candidates(all_ranks: int, ranks: int, sums: bool) -> tuple[Config, ...]:
     """None is a default. Blocks of s by its own ranks, those added to y by the projection's."""
     small = min(max(triton.next_power_of_2(all_ranks), 16), 64)
     added = max(triton.next_power_of_2(ranks), 16)
     added = added if added <= 64 else 32  # in turn; more than one block of 64 at a time spills
-    names = ("BLOCK_M", "BLOCK_C", "BLOCK_K", "num_warps", "num_stages", "PER_SM", "STAGES")
     few = max(small, added) <= 32
-    blocks = [(128, 256, 64, 8, 3, 1, 4 if few else 3)]
+    # Stages of a unit: what it has under way is what it waits for.
+    blocks = [(128, 256, 64, 8, 3, 1, 6 if few or not sums else 3)]
     if few:  # with more ranks these spill
-        blocks.append((256, 128, 64, 8, 3, 1, 3))
+        blocks.append((256, 128, 64, 8, 3, 1, 4))
         blocks.append((128, 128, 64, 4, 2, 2, 3))  # one's loads behind the other's products
+    names = ("BLOCK_M", "BLOCK_C", "BLOCK_K", "num_warps", "num_stages", "PER_SM", "STAGES")
     shared = {"JOINT": 1, "BLOCK_R": added, "BLOCK_S": small, "GROUP": 8}
     return tuple({**dict(zip(names, sizes, strict=True)), **shared} for sizes in blocks)
 
@@ -137,11 +138,11 @@ def candidates(all_ranks: int, ranks: int) -> tuple[Config, ...]:
 def aot_signatures() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """None is a default: compiled for Hopper, and the first for what has come after it."""
     for ranks, adapter in ((16, "bf16"), (32, "fp32"), (64, "bf16"), (128, "bf16")):
-        for i, config in enumerate(candidates(ranks, ranks)):
-            archs = (90, 100) if i == 0 and ranks == 16 else (90,)
-            if adapter == "bf16" or i == 0:
-                yield _signature(ranks, adapter, config, False, archs)
-                yield _signature(ranks, adapter, config, True, archs)
+        for backward in (False, True):
+            for i, config in enumerate(candidates(ranks, ranks, backward)):
+                if adapter == "bf16" or i == 0:
+                    archs = (90, 100) if i == 0 and ranks == 16 else (90,)
+                    yield _signature(ranks, adapter, config, backward, archs)
 
 
 def _signature(
