@@ -77,13 +77,13 @@ bool lora_linear_bwd(
     const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
     std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters, double dropout,
     std::uintptr_t seed, std::uintptr_t dx);
-// The same of few numbers, all of them float32, on one thread: added to every y, and to dx where it
-// is wanted, which hold the wide products.
+// The same of few rows: added to every y, and to dx where it is wanted, which hold the wide
+// products. Backward takes float32 alone.
 void lora_linear_few_fwd(
-    std::uintptr_t x, std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
-    const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters);
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters);
 void lora_linear_few_bwd(
     std::uintptr_t x, std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
     const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,

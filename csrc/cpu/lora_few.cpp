@@ -1,15 +1,18 @@
-// lora_linear on so few numbers that a call costs more than its products: one thread, no sorting of
-// rows, no packing. What csrc/cpu/lora_linear.cpp says in one place, here the rows of one adapter
-// after those of another, and added to what the wide product has written: rows that are off keep
-// its bits.
+// lora_linear on so few rows that packing factors would cost more than its products. What
+// csrc/cpu/lora_linear.cpp says in one place, here the rows of one adapter after those of another,
+// and added to what the wide product has written, in float32 and rounded once: rows that are off
+// keep its bits. Backward is for float32 alone, and takes one thread.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/entries.h"
+#include "cpu/floats.h"
+#include "cpu/lora_few_rows.h"
 #include "cpu/lora_layout.h"
 #include "cpu/multiversion.h"
+#include "cpu/parallel.h"
 
 namespace hydra::cpu {
 namespace {
@@ -68,39 +71,10 @@ HYDRA_INLINE void expand_a(const Few& t, float* dx) {
   }
 }
 
-// ---- with B (N, rank), whose rows are short: kWide rows of y, or kWide ranks, at once
+// ---- with B (N, rank), whose rows are short: kWide ranks at once
 
 constexpr int kWide = 8;
 using Lanes = Vector<kWide>::type;
-
-// y += s B^T
-HYDRA_INLINE void expand_b(const Few& t, float* y, std::int64_t stride, float* turned) {
-  for (std::int64_t first = 0; first < t.num_rows; first += kWide) {
-    const std::int64_t here = std::min<std::int64_t>(kWide, t.num_rows - first);
-    for (std::int64_t r = 0; r < t.rank; ++r) {
-      for (std::int64_t i = 0; i < kWide; ++i) {
-        turned[r * kWide + i] = i < here ? t.s[(first + i) * t.rank + r] : 0.0f;
-      }
-    }
-    for (std::int64_t n = 0; n < t.num_outputs; ++n) {
-      const float* b = t.b + n * t.b_stride;
-      Lanes even = {}, odd = {}, s;
-      std::int64_t r = 0;
-      for (; r + 1 < t.rank; r += 2) {
-        load<kWide>(s, turned + r * kWide);
-        even += b[r] * s;
-        load<kWide>(s, turned + (r + 1) * kWide);
-        odd += b[r + 1] * s;
-      }
-      if (r < t.rank) {
-        load<kWide>(s, turned + r * kWide);
-        even += b[r] * s;
-      }
-      even += odd;
-      for (std::int64_t i = 0; i < here; ++i) y[t.rows[first + i] * stride + n] += even[i];
-    }
-  }
-}
 
 // ds = scale * dy B
 HYDRA_INLINE void shrink_b(const Few& t, const float* dy, std::int64_t stride) {
@@ -156,31 +130,46 @@ HYDRA_INLINE void outer_b(const Few& t, const float* dy, std::int64_t stride, fl
   }
 }
 
+// Numbers of the factors times rows, and seven, below which threads cost more than they save.
+constexpr std::int64_t kThreadsFrom = 1 << 18;
+
 Arena& scratch() {
   static thread_local Arena arena;
   arena.start();
   return arena;
 }
 
-// A matrix whose rows have their numbers side by side, copied where they have not.
+// A matrix as floats whose rows have their numbers side by side, copied where it is not.
+template <class T>
 const float* with_rows(
     std::uintptr_t matrix, std::int64_t num_rows, std::int64_t num_cols, std::int64_t stride_row,
     std::int64_t stride_col, Arena& arena, std::int64_t& stride) {
-  const auto* from = reinterpret_cast<const float*>(matrix);
+  const auto* from = reinterpret_cast<const T*>(matrix);
   stride = stride_row;
-  if (stride_col == 1) return from;
-  float* to = arena.take(num_rows * num_cols);
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    for (std::int64_t col = 0; col < num_cols; ++col) {
-      to[row * num_cols + col] = from[row * stride_row + col * stride_col];
-    }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (stride_col == 1) return from;
   }
+  float* to = arena.take(num_rows * num_cols);
   stride = num_cols;
+  multiversion([=] {
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      const T* row_from = from + row * stride_row;
+      float* row_to = to + row * num_cols;
+      if (stride_col == 1) {
+#pragma omp simd
+        for (std::int64_t col = 0; col < num_cols; ++col) row_to[col] = widen(row_from[col]);
+      } else {
+        for (std::int64_t col = 0; col < num_cols; ++col) {
+          row_to[col] = widen(row_from[col * stride_col]);
+        }
+      }
+    }
+  });
   return to;
 }
 
-// Runs f on each adapter's task; ids are known to be in range.
-template <class F>
+// Runs f on each adapter's task, its x and factors in float32; ids are known to be in range.
+template <class T, class F>
 void each_adapter(
     std::uintptr_t x, std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
     const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
@@ -190,6 +179,10 @@ void each_adapter(
   for (std::int64_t i = 0; i < num_ids; ++i) check_id(id[i], num_adapters);
   const std::int64_t rows_per_id = num_ids == 0 ? 0 : num_rows / num_ids;
   const auto to = read_projections(projections);
+  Arena& arena = scratch();
+  Few t{};
+  t.num_inputs = num_inputs;
+  t.x = with_rows<T>(x, num_rows, num_inputs, x_stride, 1, arena, t.x_stride);
   std::vector<std::int64_t> rows;
   rows.reserve(static_cast<std::size_t>(num_rows));
   for (const Adapter& adapter : read_adapters(adapters, scales)) {
@@ -198,52 +191,69 @@ void each_adapter(
       if (id == nullptr || id[row / rows_per_id] == adapter.owner) rows.push_back(row);
     }
     const Projection& p = to[static_cast<std::size_t>(adapter.projection)];
-    Arena& arena = scratch();
-    const auto size = static_cast<std::int64_t>(rows.size()) * adapter.rank;
-    Few t{};
     t.rows = rows.data();
     t.num_rows = static_cast<std::int64_t>(rows.size());
     t.rank = adapter.rank;
-    t.num_inputs = num_inputs;
     t.num_outputs = p.num_outputs;
     t.scale = adapter.scale;
-    t.x = reinterpret_cast<const float*>(x);
-    t.x_stride = x_stride;
     if (t.num_rows > 0) {
-      t.a = with_rows(
-          adapter.a, t.rank, num_inputs, adapter.a_stride_rank, adapter.a_stride_col, arena,
-          t.a_stride);
-      t.b = with_rows(
-          adapter.b, t.num_outputs, t.rank, adapter.b_stride_col, adapter.b_stride_rank, arena,
-          t.b_stride);
+      with_type(adapter.dtype, [&](auto zero) {
+        using Factor = decltype(zero);
+        t.a = with_rows<Factor>(
+            adapter.a, t.rank, num_inputs, adapter.a_stride_rank, adapter.a_stride_col, arena,
+            t.a_stride);
+        t.b = with_rows<Factor>(
+            adapter.b, t.num_outputs, t.rank, adapter.b_stride_col, adapter.b_stride_rank, arena,
+            t.b_stride);
+      });
     }
-    t.s = arena.take(size);
-    t.ds = arena.take(size);
+    t.s = arena.take(t.num_rows * t.rank);
+    t.ds = arena.take(t.num_rows * t.rank);
     f(t, adapter, p, arena);
-    arena.finish();
+  }
+  arena.finish();
+}
+
+template <class T>
+void fwd(const Few& given, const Projection& p, Arena& arena) {
+  FewRows t{given.rows,     given.num_rows, given.rank, given.num_inputs, given.num_outputs,
+            given.scale,    given.x,        given.a,    given.b,          given.x_stride,
+            given.a_stride, given.b_stride, given.s,    p.wide,           p.stride};
+  // Factors come from memory once, which takes as long as seven rows' products with them.
+  const std::int64_t numbers = t.rank * (t.num_inputs + t.num_outputs);
+  const bool parallel = numbers * (t.num_rows + 7) > kThreadsFrom && max_threads() > 1;
+  const std::int64_t size = round_up(t.rank * kFewCols, 16);
+  float* turned = arena.take(size * (parallel ? max_threads() : 1));
+  if (!parallel) {
+    shrink_few_rows(t, 0, 1);
+    expand_few_rows<T>(t, 0, 1, turned);
+    return;
+  }
+#pragma omp parallel
+  {
+    const std::int64_t mine = thread(), parts = threads();
+    shrink_few_rows(t, mine, parts);
+#pragma omp barrier
+    expand_few_rows<T>(t, mine, parts, turned + mine * size);
   }
 }
 
 }  // namespace
 
 void lora_linear_few_fwd(
-    std::uintptr_t x, std::int64_t num_rows, std::int64_t num_inputs, std::int64_t x_stride,
-    const std::vector<std::int64_t>& adapters, const std::vector<double>& scales,
-    const std::vector<std::int64_t>& projections, std::uintptr_t ids, std::int64_t num_ids,
-    std::int64_t num_adapters) {
-  const auto run = [](const Few& given, const Adapter&, const Projection& p, Arena& arena) {
-    if (given.num_rows == 0) return;
-    auto* y = reinterpret_cast<float*>(p.wide);
-    float* turned = arena.take(given.rank * kWide);
-    const std::int64_t stride = p.stride;
-    multiversion([t = given, y, stride, turned] {
-      shrink_a(t);
-      expand_b(t, y, stride, turned);
-    });
-  };
-  each_adapter(
-      x, num_rows, num_inputs, x_stride, adapters, scales, projections, ids, num_ids, num_adapters,
-      run);
+    std::uintptr_t x, std::int64_t x_dtype, std::int64_t num_rows, std::int64_t num_inputs,
+    std::int64_t x_stride, const std::vector<std::int64_t>& adapters,
+    const std::vector<double>& scales, const std::vector<std::int64_t>& projections,
+    std::uintptr_t ids, std::int64_t num_ids, std::int64_t num_adapters) {
+  with_type(static_cast<Dtype>(x_dtype), [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = [](const Few& t, const Adapter&, const Projection& p, Arena& arena) {
+      if (t.num_rows > 0) fwd<T>(t, p, arena);
+    };
+    each_adapter<T>(
+        x, num_rows, num_inputs, x_stride, adapters, scales, projections, ids, num_ids,
+        num_adapters, run);
+  });
 }
 
 void lora_linear_few_bwd(
@@ -273,7 +283,7 @@ void lora_linear_few_bwd(
       if (to != nullptr) expand_a(t, to);
     });
   };
-  each_adapter(
+  each_adapter<float>(
       x, num_rows, num_inputs, x_stride, adapters, scales, projections, ids, num_ids, num_adapters,
       run);
 }

@@ -19,4 +19,21 @@ inline int max_threads() {
 #endif
 }
 
+// Within a parallel region: which of its threads this one is, and how many there are.
+inline int thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+inline int threads() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 }  // namespace hydra::cpu

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from hydra_kernels import Projection, lora_linear, lora_linear_group
 from hydra_kernels.ops.lora_linear import gated_linear
 from tests.ops.test_lora_linear import make_layer
-from tests.ops.test_lora_linear_kernels import KERNELS, leaves
+from tests.ops.test_lora_linear_kernels import BFLOAT, FLOAT, HALF, KERNELS, MIXES, leaves
 from tests.ops.test_lora_linear_rows import close, three_ways
 
 pytestmark = pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ extension is not built")
 
-RANKS = (3, 8, 19)  # below a vector, one, two and an odd end
+RANKS = (3, 8, 30)  # below a vector; one; several of all sizes and an odd end
 IDS = {
     "no ids": lambda rows: None,
     "call": lambda rows: torch.tensor(2),
@@ -30,6 +30,56 @@ def test_as_near_to_float64_as_torch(rows, ids):
     if ids == "no ids":
         inputs, settings = [*inputs[:4], b[0]], (1, scaling[:1], *settings[2:])
     close(*three_ways(inputs, *settings, backend="cpu"))
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("rows", [1, 13, 64])  # 64: not by BLAS where a dtype has none
+@pytest.mark.parametrize("mix", MIXES[1:], ids=lambda m: "-".join(str(d)[6:] for d in m))
+def test_in_other_dtypes_rounded_once(mix, rows, ids):
+    """What is added is of float32: y is off by the base's rounding and one of its own."""
+    weight, bias, a, b, scaling = make_layer(29, 37, RANKS, *mix)
+    x, ids = torch.randn(rows, 37).to(mix[0]), IDS[ids](rows)
+    if ids is None:
+        a, b, scaling = a[1:2], b[1:2], scaling[1:2]
+    y = lora_linear(x, weight, a, b, scaling, adapter_ids=ids, bias=bias, backend="cpu")
+    assert y.dtype == mix[0]
+    each = torch.zeros(rows, dtype=torch.int64) if ids is None else ids.expand(rows)
+    exact = F.linear(x, weight, bias).double()
+    for row, i in enumerate(each.tolist()):
+        if i >= 0:
+            exact[row] += scaling[i] * (x[row].double() @ a[i].double().T) @ b[i].double().T
+    half_ulp = torch.finfo(mix[0]).eps / 2
+    # 1e-5: what sums of 37 and 30 products in float32 are off by
+    torch.testing.assert_close(y.double(), exact, rtol=half_ulp, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF], ids=lambda d: str(d)[6:])
+def test_a_row_s_bits_are_its_own(dtype):
+    """Whatever rows are beside it, whoever computes it: with a base of zeros, all of y."""
+    _, _, (a,), (b,), _ = make_layer(520, 1030, (33,), adapter_dtype=FLOAT)
+    x, weight = torch.randn(15, 1030).to(dtype), torch.zeros(520, 1030, dtype=dtype)
+    y = lora_linear(x, weight, a, b, 0.5, backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            for rows in (slice(1), slice(3, 9), slice(15)):
+                again = lora_linear(x[rows], weight, a, b, 0.5, backend="cpu")
+                assert torch.equal(again, y[rows])
+                ids = torch.zeros(again.shape[0], dtype=torch.int64)
+                again = lora_linear(x[rows], weight, a, b, 0.5, adapter_ids=ids, backend="cpu")
+                assert torch.equal(again, y[rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_several_adapters_on_a_row_round_it_once():
+    """Two that cancel out leave what the base has rounded."""
+    weight, bias, (a, _), (b, _), _ = make_layer(40, 24, (4, 4), BFLOAT, FLOAT)
+    x = torch.randn(7, 24).bfloat16()
+    layer = (x, weight, bias, (a, a), (b, -b), (0.5, 0.5), (0, 1), None)
+    y = gated_linear(*layer, num_adapters=2, backend="cpu")
+    assert torch.equal(y, F.linear(x, weight, bias))
 
 
 def test_an_id_stands_for_several_rows_and_rows_that_are_off_keep_the_base_s_bits():

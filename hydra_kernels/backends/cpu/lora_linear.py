@@ -4,8 +4,8 @@ csrc/cpu/lora_linear.cpp writes the adapters' part of y, and of dx, and torch ad
 to it. It sorts the rows by their id, so that a row costs its own adapters alone, and takes x and dy
 from memory once for all the small products. Where every row has the same adapter, nothing is
 dropped and there are enough rows, W + scale B A is made in scratch memory instead: that passes over
-W and not over x and y. float64 is BLAS's alone (lora_blas.py), and so are rows too few to be worth
-packing factors for, or csrc/cpu/lora_few.cpp's.
+W and not over x and y. Rows too few to be worth packing factors for are csrc/cpu/lora_few.cpp's,
+which adds to the wide product, or BLAS's (lora_blas.py), as float64 always is.
 
 s is not saved for backward but computed again while x is in the cache for dA.
 """
@@ -25,8 +25,8 @@ from hydra_kernels.backends.lora_plan import Plan, restricted
 
 # As csrc/cpu/floats.h numbers them.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows up to which factors are not packed, measured: with ids, or in backward; without, in forward.
-_FEW, _FEW_BY_BLAS = 16, 64
+# Rows up to which factors are not packed, measured: in float32, where BLAS takes over, and in less.
+_FEW, _MANY = 16, 64
 _FEW_SUMS = 256  # rows times ranks up to which lora_few.cpp is faster than BLAS in backward
 _MIXED = -2
 _SCRATCH = 4 << 20  # floats that a thread keeps for merged weights: 16 MB
@@ -69,12 +69,18 @@ def fwd(
     """Returns y (M, N_p) for each projection, and nothing to save."""
     if x.dtype is torch.float64:
         return lora_blas.fwd(x, weights, biases, a, b, plan, ids), None
+    if ids is None and len(a) == 1 and len(weights) == 1 and plan.dropout == 0.0:
+        y = one_fwd(x, weights[0], biases[0], a[0], b[0], plan.scales[0])
+        if y is not None:
+            return [y], None
     m = x.shape[0]
-    if m <= _FEW_BY_BLAS and plan.dropout == 0.0 and _all_float32(x, a):
-        if ids is None:
+    if m <= _MANY and plan.dropout == 0.0:
+        if m <= _FEW or x.dtype is not torch.float32:
+            # Of several adapters on one row each would round y once more.
+            if x.dtype is torch.float32 or ids is not None or max(plan.counts) < 2:
+                return _few_fwd(_rows(x), weights, biases, a, b, plan, _long(ids)), None
+        elif ids is None and _all_float32(x, a):
             return lora_blas.few_fwd(x, weights, biases, a, b, plan), None
-        if m <= _FEW:
-            return _few_fwd(_rows(x), weights, biases, a, b, plan, _long(ids)), None
     x, ids = _rows(x), _long(ids)
     if ids is not None:
         only = _only_id(ids, plan)
@@ -196,6 +202,41 @@ def _only_id(ids: Tensor, plan: Plan) -> int:
 # ---- few rows
 
 
+def takes(x: Tensor, a: Tensor) -> bool:
+    """Whether there is C++ for these dtypes."""
+    return x.dtype in _DTYPES and a.dtype in _DTYPES
+
+
+def one_fwd(
+    x: Tensor,  # (*, K)
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor | None:
+    """y (*, N) of one adapter on every row; None where the rows are not few, or not dense."""
+    k = x.shape[-1]
+    rows = x.numel() // max(k, 1)
+    if rows > _MANY or not x.is_contiguous():
+        return None
+    n = weight.shape[0]
+    if rows > _FEW and x.dtype is torch.float32:
+        if a.dtype is not torch.float32:
+            return None
+        flat = x.view(rows, k)
+        y = F.linear(flat, weight, bias)
+        return y.addmm_(F.linear(flat, a), b.t(), alpha=scale).view(*x.shape[:-1], n)
+    y = F.linear(x, weight, bias).contiguous()
+    extension.module.lora_linear_few_fwd_cpu(  # type: ignore[union-attr]
+        x.data_ptr(), _DTYPES[x.dtype], rows, k, k,
+        (a.data_ptr(), b.data_ptr(), *a.stride(), *b.stride(), a.shape[0], 0, 0, 0, 0,
+         _DTYPES[a.dtype]),
+        (scale,), (n, y.data_ptr(), n, 0), 0, 0, 1,
+    )  # fmt: skip
+    return y
+
+
 def _few_fwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -212,8 +253,9 @@ def _few_fwd(
         ys.append(y)
         n = weight.shape[0]
         projections += (n, y.data_ptr(), n, 0)
+    at, m, *rest = _few(x, _factors(a, b, (), (), plan), projections, plan, ids)
     extension.module.lora_linear_few_fwd_cpu(  # type: ignore[union-attr]
-        *_few(x, _factors(a, b, (), (), plan), projections, plan, ids)
+        at, _DTYPES[x.dtype], m, *rest
     )
     return ys
 
