@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from hydra_kernels.ops.lora_alone import alone
 from hydra_kernels.ops.lora_linear import gated_linear
 from hydra_kernels.peft.current import NO_BACKWARD, Current, Usage, backward_pass
 
 if TYPE_CHECKING:
     from hydra_kernels.peft.siblings import Group
 
-Operands = tuple[Tensor, Tensor | None, list[Tensor], list[Tensor], list[float | Tensor]]
+# The dropout probability of the adapters, the weight (N, K), the bias, and each adapter's lora_A,
+# lora_B and scaling.
+Ready = tuple[float, Tensor, Tensor | None, list[Tensor], list[Tensor], list[float | Tensor]]
 
 
 class FusedLinear(lora.Linear):
@@ -48,10 +51,10 @@ class FusedLinear(lora.Linear):
         if args or kwargs or self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         names, owners = self.adapters(None)
-        dropout = self.fast_dropout(x, names)
-        if not names or dropout is None or (dropout > 0.0 and len(names) > 1):
+        ready = self.ready(x, names)
+        if not names or ready is None or (ready[0] > 0.0 and len(names) > 1):
             return super().forward(x)
-        return self._fast_forward(x, names, owners, None, None, dropout, len(names))
+        return self._fast_forward(x, names, owners, None, None, ready, len(names))
 
     def _replicate_for_data_parallel(self) -> Any:
         if self._current.now.ids is not None:
@@ -80,48 +83,44 @@ class FusedLinear(lora.Linear):
         """The adapters that the layer has of those in ``index``, or active in PEFT; their ids."""
         lora_a = self._modules["lora_A"]._modules
         if index is None:
-            names = [name for name in self.active_adapters if name in lora_a]
+            active = self._active_adapter
+            if isinstance(active, str):
+                return ([active], _FIRST) if active in lora_a else ([], ())
+            names = [name for name in active if name in lora_a]
             return names, range(len(names))
         names = [name for name in index if name in lora_a]
         return names, [index[name] for name in names]
 
-    def operands(self, names: list[str]) -> Operands:
-        """The weight (N, K), the bias, and each adapter's lora_a, lora_b and scaling."""
-        base = self._modules["base_layer"]
-        weight = base._parameters["weight"]
-        lora_a, lora_b = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
-        return (
-            weight.t() if type(base) is Conv1D else weight,
-            base._parameters["bias"],
-            [lora_a[name]._parameters["weight"] for name in names],
-            [lora_b[name]._parameters["weight"] for name in names],
-            [self.scaling[name] for name in names],
-        )
-
-    def fast_dropout(self, x: Tensor, names: list[str]) -> float | None:
-        """The dropout probability of the adapters, or None where PEFT's code has to run."""
-        base = self._modules["base_layer"]
+    def ready(self, x: Tensor, names: list[str]) -> Ready | None:
+        """What the fused product of x and the adapters takes; None where PEFT's code has to run."""
         modules = self._modules
-        weight = base._parameters.get("weight")
+        base = modules["base_layer"]
+        kind = type(base)
+        parameters = base._parameters
+        weight = parameters.get("weight")
         if (
-            (type(base) not in BASES and not is_base(base))
+            (kind not in BASES and not is_base(base))
             or not is_bare(base)
-            or not (is_plain(weight) and is_plain(x))
+            or not (type(weight) in _PLAIN and type(x) in _PLAIN)
             or x.is_meta  # which torch does not tell about autocast
             or _has_any_global_hook()
             or (_are_functorch_transforms_active() and not torch.compiler.is_compiling())
         ):
             return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if not autocast:
-            bias = base._parameters["bias"]
-            if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-                return None
+        device, dtype, bias = x.device, x.dtype, parameters["bias"]
+        # Asking about any device first is faster, and what compilers do not trace.
+        autocast = (
+            torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+        ) and torch.is_autocast_enabled(device.type)
+        if not autocast and (
+            dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)
+        ):
+            return None
         lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
         drops = modules["lora_dropout"]._modules
+        ready: Ready = (0.0, weight.t() if kind is Conv1D else weight, bias, [], [], [])
+        _, _, _, a_weights, b_weights, scales = ready
         found: float | None = None
-        dtype: torch.dtype | None = None
-        device = x.device
         for name in names:
             a, b, drop = lora_a[name], lora_b[name], drops[name]
             if (
@@ -137,7 +136,7 @@ class FusedLinear(lora.Linear):
             a_weight, b_weight = a._parameters.get("weight"), b._parameters.get("weight")
             if not (type(a_weight) in _PLAIN and type(b_weight) in _PLAIN):
                 return None
-            if dtype is None:
+            if found is None:
                 dtype = a_weight.dtype
             if (
                 a_weight.dtype != dtype
@@ -153,9 +152,12 @@ class FusedLinear(lora.Linear):
             if found is not None and p != found:
                 return None
             found = p
+            a_weights.append(a_weight)
+            b_weights.append(b_weight)
+            scales.append(scale)
         if dtype != x.dtype and not (self.cast_input_dtype_enabled or autocast):
             return None  # PEFT multiplies without a cast, which torch refuses
-        return 0.0 if found is None else found
+        return (found, *ready[1:]) if found else ready
 
     def _fast_forward(
         self,
@@ -164,20 +166,25 @@ class FusedLinear(lora.Linear):
         owners: Sequence[int],
         ids: Tensor | None,
         index: Mapping[str, int] | None,
-        dropout: float,
+        ready: Ready,
         num_adapters: int,
     ) -> Tensor:
+        dropout, weight, bias, a, b, scales = ready
         if (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and self._group is not None
+            self._group is not None
             and dropout == 0.0  # PEFT drops other elements of x for each layer, a group the same
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
         ):
-            y = self._group.forward(self, x, names, owners, ids, index, num_adapters)
+            y = self._group.forward(self, x, names, owners, ids, index, ready, num_adapters)
+            if y is not None:
+                return y
+        if ids is None and len(a) == 1 and not torch.compiler.is_compiling():
+            y = alone(x, weight, bias, a[0], b[0], scales[0], dropout)
             if y is not None:
                 return y
         return gated_linear(
-            x, *self.operands(names), owners, ids, dropout, num_adapters=num_adapters
+            x, weight, bias, a, b, scales, owners, ids, dropout, num_adapters=num_adapters
         )
 
     def _gated_forward(
@@ -192,14 +199,14 @@ class FusedLinear(lora.Linear):
         names, owners = self.adapters(index)
         if ids.dim() > 0:
             ids = self._spread(ids, x)
-        dropout = None if args or kwargs else self.fast_dropout(x, names)
-        if dropout is not None:
+        ready = None if args or kwargs else self.ready(x, names)
+        if ready is not None:
             if not names:
                 return self.base_layer(x)
             everywhere = not torch.compiler.is_compiling() and index is self._current.now.only
             on_rows = None if everywhere else ids
             return self._fast_forward(
-                x, names, owners, on_rows, index, dropout, len(self._current.now.index)
+                x, names, owners, on_rows, index, ready, len(self._current.now.index)
             )
         return self._gated_by_peft(x, ids, names, index, *args, **kwargs)
 
@@ -270,6 +277,7 @@ BASES = {nn.Linear, Conv1D}
 _SPELT_OUT = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _PLAIN = frozenset({nn.Parameter, Tensor})
+_FIRST = range(1)
 
 
 def is_base(layer: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def reason_to_leave(module: nn.Module) -> str | None:
 def reason_for_pefts_forward(layer: FusedLinear) -> str | None:
     """Why a fused layer's next call, as the layer stands, runs PEFT's forward; None where not.
 
-    What :meth:`FusedLinear.fast_dropout` asks, but for the input's dtype, in words.
+    What :meth:`FusedLinear.ready` asks, but for the input's dtype, in words.
     """
     if layer.disable_adapters:
         return "its adapters are disabled"

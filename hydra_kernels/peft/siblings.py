@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_kernels.ops.lora_linear import gated_linear_group
-from hydra_kernels.peft.layer import FusedLinear, is_bare
+from hydra_kernels.peft.layer import FusedLinear, Ready, is_bare
 
 # Elements of x below which a group's bookkeeping, about 20 us of host time with a backward pass,
 # costs more than it saves, about 2 ns for each; measured on a CPU.
@@ -58,7 +58,7 @@ class _PutBy:
     ids_version: int
     names: list[str]
     modes: tuple
-    outputs: dict[int, tuple[Tensor, list[_Seen], list[float]]]
+    outputs: dict[int, tuple[Tensor, list[_Seen], list[float | Tensor]]]
 
 
 class _Slot(threading.local):
@@ -94,12 +94,13 @@ class Group:
         owners: Sequence[int],
         ids: Tensor | None,
         index: Mapping[str, int] | None,
+        ready: Ready,
         num_adapters: int,
     ) -> Tensor | None:
         """The layer's output; None where it has to be computed for itself."""
         put_by = _slot.put_by
         if put_by is not None and put_by.group is self:
-            y = _take(put_by, layer, x, names, ids)
+            y = _take(put_by, layer, x, names, ids, ready)
             if y is not None:
                 return y
         if (
@@ -110,13 +111,11 @@ class Group:
             or not self._called_by_parent()
         ):
             return None
-        others = [self._ready(ref(), x, names, index) for ref in self.members[1:]]
-        if None in others:
+        members = [ref() for ref in self.members]
+        found = [ready, *(self._ready(member, x, names, index) for member in members[1:])]
+        if None in found:
             return None
-        members: list[FusedLinear] = [layer, *others]  # type: ignore[list-item]
-        weights, biases, lora_a, lora_b, scales = zip(
-            *[member.operands(names) for member in members], strict=True
-        )
+        _, weights, biases, lora_a, lora_b, scales = zip(*found, strict=True)
         if any(not isinstance(s, float | int) for each in scales for s in each) or not _same_dtypes(
             lora_a
         ):
@@ -135,8 +134,8 @@ class Group:
             names,
             _modes(x),
             {
-                id(member): (y, _seen(member, names), list(each))
-                for member, y, each in zip(members[1:], ys[1:], scales[1:], strict=True)
+                id(member): (y, _seen(each), each[-1])
+                for member, y, each in zip(members[1:], ys[1:], found[1:], strict=True)
             },
         )
         return ys[0]
@@ -147,8 +146,8 @@ class Group:
         x: Tensor,
         names: list[str],
         index: Mapping[str, int] | None,
-    ) -> FusedLinear | None:
-        """The member where its own forward would run as the leader's does, else None."""
+    ) -> Ready | None:
+        """What the member's product takes, None where it would not run as the leader's does."""
         if (
             type(member) is not FusedLinear
             or member._group is not self
@@ -156,10 +155,10 @@ class Group:
             or member.merged_adapters
             or not is_bare(member)
             or member.adapters(index)[0] != names
-            or member.fast_dropout(x, names) != 0.0
         ):
             return None
-        return member
+        ready = member.ready(x, names)
+        return None if ready is None or ready[0] > 0.0 else ready
 
     def _called_by_parent(self) -> bool:
         frame = sys._getframe(2)
@@ -175,7 +174,12 @@ def _no_group() -> None:
 
 
 def _take(
-    put_by: _PutBy, layer: FusedLinear, x: Tensor, names: list[str], ids: Tensor | None
+    put_by: _PutBy,
+    layer: FusedLinear,
+    x: Tensor,
+    names: list[str],
+    ids: Tensor | None,
+    ready: Ready,
 ) -> Tensor | None:
     found = put_by.outputs.get(id(layer))
     if (
@@ -189,7 +193,7 @@ def _take(
     ):
         return None
     y, seen, scales = found
-    tensors = _tensors(layer, names)
+    tensors = _tensors(ready)
     if (
         any(
             t is not then
@@ -198,7 +202,7 @@ def _take(
             or t.requires_grad != wanted
             for t, (then, version, address, wanted) in zip(tensors, seen, strict=True)
         )
-        or [layer.scaling[name] for name in names] != scales
+        or ready[-1] != scales
     ):
         return None
     del put_by.outputs[id(layer)]
@@ -207,14 +211,13 @@ def _take(
     return y
 
 
-def _tensors(layer: FusedLinear, names: list[str]) -> list[Tensor]:
-    weight, bias, lora_a, lora_b, _ = layer.operands(names)
+def _tensors(ready: Ready) -> list[Tensor]:
+    _, weight, bias, lora_a, lora_b, _ = ready
     return [weight, *lora_a, *lora_b] if bias is None else [weight, bias, *lora_a, *lora_b]
 
 
-def _seen(layer: FusedLinear, names: list[str]) -> list[_Seen]:
-    tensors = _tensors(layer, names)
-    return [(t, t._version, t.data_ptr(), t.requires_grad) for t in tensors]
+def _seen(ready: Ready) -> list[_Seen]:
+    return [(t, t._version, t.data_ptr(), t.requires_grad) for t in _tensors(ready)]
 
 
 def _modes(x: Tensor) -> tuple:
