@@ -64,8 +64,8 @@ class ChatJudge:
         cache: a JSONL file of replies, read first and added to, so that a run that was cut off
             goes on where it stopped and a second one asks nothing. None keeps nothing.
         attempts: how often a question is sent before it counts as failed.
-        backoff: seconds before the second attempt, doubled for each one after; a server's
-            ``Retry-After`` goes before it.
+        backoff: seconds before the second attempt, doubled for each one after; more where a
+            server's ``Retry-After`` asks for it.
         timeout: seconds that one request may take.
         workers: requests in flight at a time.
         max_tokens: the longest reply.

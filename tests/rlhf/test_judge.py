@@ -140,7 +140,7 @@ def test_retries_with_back_off(serve, monkeypatch):
     server = serve(longer)
     server.trouble = [
         (429, b"", [("Retry-After", "3")]),
-        (500, b"oops"),
+        (500, b"oops", [("Retry-After", "1")]),  # sooner than we would
         (200, b"no json"),
         (200, b'{"choices": []}'),
     ]

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 
 import peft
 import pytest
@@ -9,7 +10,10 @@ import torch
 import yaml
 
 from hydra_rlhf import cards, ppo, report
+from hydra_rlhf.experience import some_samples
+from hydra_rlhf.model import Score
 from hydra_rlhf.records import Tracker, read_lines
+from hydra_rlhf.rollout import Rollout
 from tests.rlhf.families import PROMPTS, make_tokenizer
 from tests.rlhf.test_ppo import plain_model, settings, word_reward
 
@@ -95,6 +99,23 @@ def test_samples_of_each_k_steps(run_dir):
     for row in rows[:-1]:
         assert row["prompt"] in PROMPTS
         assert row["score"] == word_reward([row["prompt"]], [row["response"]])[0]
+
+
+def test_a_samples_kl_is_the_policys_less_the_references():
+    """Over its own tokens: what stands behind its end does not count."""
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    rollout = Rollout(ids, ids, mask, ended=torch.tensor([True, False]))
+    rollout.prompts, rollout.responses = ["p", "q"], ["a", "b"]
+    scored = Score(
+        logprobs=torch.tensor([[-1.0, -2.0, math.nan], [-1.0, -1.0, -1.0]]),
+        ref_logprobs=torch.tensor([[-2.0, -2.5, 0.0], [-0.5, -1.0, -1.0]]),
+        scores=torch.tensor([0.25, 0.5]),
+    )
+    first = {"prompt": "p", "response": "a", "score": 0.25, "kl": 1.5, "ended": True}
+    second = {"prompt": "q", "response": "b", "score": 0.5, "kl": -0.5, "ended": False}
+    assert some_samples(rollout, scored, 5) == [first, second]
+    assert some_samples(rollout, scored, 1) == [first]
 
 
 def test_samples_after_a_resume_are_written_once(tmp_path):
