@@ -232,6 +232,14 @@ def test_two_processes_go_on_with_the_sft_of_one(two, name, tmp_path):
     same_sft(two, two / name, "lora" if name.endswith("lora") else "hydra", tmp_path)
 
 
+@pytest.mark.parametrize("split", ["", "sharded-"], ids=["whole", "sharded"])
+def test_a_bad_update_of_one_process_is_skipped_by_both(two, split):
+    metrics, weights = sft_outcome(two / f"{split}sft-bad")
+    assert [line["bad_updates"] for line in metrics] == [0, 1, 0, 0]
+    assert [line["loss"] is None for line in metrics] == [False, True, False, False]
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
 def same_sft(folder, run_dir, name, tmp_path):
     """``run_dir`` is that of the run ``name`` by two processes; ``folder`` has what it needs."""
     metrics, weights = run_sft(name, folder, tmp_path / "run")

@@ -202,6 +202,11 @@ def test_a_cached_reply_is_of_one_model(serve, tmp_path):
         judge.compare(["p"], ["long answer"], ["short"])
     assert [body["model"] for _, body in server.requests] == ["m", "m", "n", "n"]
     assert judge.usage.cached == 2
+    other = serve(longer)  # of the same name at another address
+    ChatJudge(other.url, "m", cache=tmp_path / "cache.jsonl").compare(["p"], ["long"], ["x"])
+    judge = ChatJudge(server.url, "m", cache=tmp_path / "cache.jsonl")
+    judge.compare(["p"], ["long"], ["x"])
+    assert len(other.requests) == 2 and judge.usage.cached == 0
 
 
 @pytest.mark.parametrize(

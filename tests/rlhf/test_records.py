@@ -133,6 +133,17 @@ def test_resume_appends(tmp_path):
     assert "seed: 3" in (run / "config.yaml").read_text()
 
 
+def test_a_stage_that_goes_on_leaves_the_others(tmp_path):
+    with Tracker(open_run_dir(tmp_path / "run")) as tracker:
+        for stage in ("sft", "ppo"):
+            for step in (1, 2, 3):
+                tracker.log(step, {}, stage)
+    with Tracker(tmp_path / "run", resume=True) as tracker:
+        tracker.log(2, {}, "ppo")
+    lines = [(line["stage"], line["step"]) for line in read_metrics(tmp_path / "run")]
+    assert lines == [("sft", 1), ("sft", 2), ("sft", 3), ("ppo", 1), ("ppo", 2)]
+
+
 def test_seconds_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     """They go on from the step before, and what is left is reckoned by the steps made since."""
     clock = {"now": 1000.0}

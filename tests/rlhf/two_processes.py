@@ -6,6 +6,7 @@ As a program, started in each of two processes: every run, with the weights whol
 import contextlib
 import json
 import logging
+import math
 import random
 import shutil
 import sys
@@ -23,6 +24,7 @@ from hydra_rlhf import experience, ppo, update
 from hydra_rlhf.commands import sft as sft_command
 from hydra_rlhf.commands.inputs import TrainingOutput
 from hydra_rlhf.experience import Sampler
+from hydra_rlhf.pair_loss import PairLoss
 from hydra_rlhf.processes import Processes
 from hydra_rlhf.rollout import Sampling
 from hydra_rlhf.sft import Trainer
@@ -117,6 +119,8 @@ def worker(folder):
     for name in SFT_RUNS:
         run_sft(name, folder, f"{folder}/sft-{name}")
     go_on("hydra", folder, f"{folder}/sft-begun")
+    with bad_update(index):
+        run_sft("lora", folder, f"{folder}/sft-bad")
     tokens = {f"whole-{name}": t for name, t in tokens_of_uneven_lengths(index).items()}
     with sharded():
         held = {}
@@ -135,6 +139,8 @@ def worker(folder):
         for name in SFT_RUNS:
             run_sft(name, folder, f"{folder}/sharded-sft-{name}")
         go_on("lora", folder, f"{folder}/sft-begun-lora")
+        with bad_update(index):
+            run_sft("sft", folder, f"{folder}/sharded-sft-bad")
         with open(f"{folder}/sharded-{index}.json", "w") as file:
             json.dump({"held": held, "told": told}, file)
 
@@ -217,6 +223,21 @@ def _told(function, calls):
         return function(*args)
 
     return call
+
+
+@contextlib.contextmanager
+def bad_update(index):
+    """The loss of the second step is no number in the second process, which has a part of it."""
+    forward, steps = PairLoss.forward, []
+
+    def bad(self, batch):
+        sums = forward(self, batch)
+        factor = math.nan if index == 1 and len(steps) == 2 else 1.0
+        return {name: value * factor for name, value in sums.items()}
+
+    told = mock.patch.object(Trainer, "step", _told(Trainer.step, steps))
+    with told, mock.patch.object(PairLoss, "forward", bad):
+        yield
 
 
 def run_sft(name, folder, out, resume=False, **changes):
