@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from hydra_rlhf import hub, memory
+from hydra_rlhf import evaluate, hub, memory
 from hydra_rlhf.config import METHODS, PPOConfig
 from hydra_rlhf.errors import UserError
 from hydra_rlhf.memory import MethodPlan
@@ -56,14 +56,10 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         raise UserError(f"card_gb {given.card_gb} is not above reserve_gb {given.reserve_gb}")
     if given.chart is not None and not Path(given.chart).resolve().parent.is_dir():
         raise UserError(f"chart: there is no folder {Path(given.chart).parent}")
-    with hub.loading("a configuration", given.model):
-        model_config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
+    model_config = _config_of(given.model)
     reward_config = None
     if config.reward_model_path is not None:
-        with hub.loading("a configuration", config.reward_model_path):
-            reward_config = AutoConfig.from_pretrained(
-                config.reward_model_path, trust_remote_code=False
-            )
+        reward_config = _config_of(config.reward_model_path)
     planner = memory.Planner(
         model_config,
         config,
@@ -88,6 +84,12 @@ def run(given: PlanInput, config: PPOConfig) -> list[MethodPlan]:
         memory.draw(plans, given.chart, budget=budget)
         print(f"wrote {given.chart}", file=sys.stderr if given.json else sys.stdout)
     return plans
+
+
+def _config_of(path: str) -> Any:
+    path = evaluate.resolve_checkpoint(path)
+    with hub.loading("a configuration", path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def as_json(

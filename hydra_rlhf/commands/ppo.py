@@ -68,6 +68,8 @@ def run(given: PPOInput, config: PPOConfig, output: TrainingOutput) -> ppo.PPORe
     if not config.sft_model_path:
         raise UserError("ppo: --sft-model-path is required")
     config.sft_model_path = evaluate.resolve_checkpoint(config.sft_model_path)
+    if config.reward_model_path is not None:
+        config.reward_model_path = evaluate.resolve_checkpoint(config.reward_model_path)
     tokenizer = evaluate.load_tokenizer(config.sft_model_path)
     options: dict[str, Any] = {"tokenizer": tokenizer, "format": given.format}
     if given.overlong != "error":  # check_prompts has the error

@@ -80,6 +80,7 @@ def run(given: SFTInput, config: SFTConfig, output: TrainingOutput) -> SFTResult
     """
     sets = (given.pair_data, given.sft_data, given.eval_data)
     output.check(resume=output.resume, reads=[given.model, *sets])
+    given.model = evaluate.resolve_checkpoint(given.model)
     tokenizer = evaluate.load_tokenizer(given.model)
     limit: dict[str, Any] = {}
     if given.overlong != "cut":  # which is how examples are encoded

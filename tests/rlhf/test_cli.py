@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -327,6 +328,28 @@ def with_reward_head(model: Path, folder: Path) -> Path:
     start.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
     return folder
+
+
+def test_run_folders_of_sft_stand_for_the_models_in_them(tmp_path, model, capsys, monkeypatch):
+    """As --sft-model-path takes one, so do the other settings that name a whole model."""
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    given = ["--pair-data", "pairs.jsonl", "--max-steps", "1", "--eval-share", "0"]
+    first = ["sft", "--model", str(model), "--output-dir", "first", *given]
+    assert cli.main([*first, "--objective", "sft"]) == 0
+    second = ["sft", "--model", "first", "--output-dir", "second", *given]
+    assert cli.main([*second, "--objective", "rm"]) == 0
+    argv = ["ppo", "--sft-model-path", "first", "--reward-model-path", "second"]
+    argv += ["--prompts", "pairs.jsonl", "--output-dir", "run", "--max-steps", "1"]
+    argv += ["--response-length", "4", "--per-device-train-batch-size", "2", "--lora-r", "2"]
+    assert cli.main([*argv, "--method", "lora-ppo"]) == 0
+    written = yaml.safe_load(Path("run", "config.yaml").read_text())
+    assert written["ppo"]["reward_model_path"] == str(Path("second", "model"))
+    argv = ["plan", "first", "--reward-model-path", "second", "--prompt-length", "8"]
+    assert cli.main([*argv, "--response-length", "8", "--no-batch-search"]) == 0
+    capsys.readouterr()
+    line = fails(capsys, "sft", "--model", "run", "--output-dir", "third", *given)
+    assert "run is a run of ppo, which holds an adapter" in line
 
 
 def test_the_seed_draws_the_adapters_of_ppo(tmp_path, model):
