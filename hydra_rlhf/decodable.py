@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 from hydra_rlhf import trunk as trunks
 
 
@@ -27,6 +29,23 @@ def check_supported(causal_lm: Any, tokens: int) -> None:
     if any(getattr(module, "is_decoder", None) is False for module in trunk.modules()):
         raise Unsupported(f"{type(trunk).__name__} is an encoder, which sees what comes later")
     check_config(causal_lm.config.get_text_config(), tokens)
+
+
+def waits_for_experts(causal_lm: Any, capability: tuple[int, int]) -> str:
+    """Why a GPU of this compute capability captures no step of the model; empty where it does.
+
+    A product of as many rows as each expert has is sized on the device by the kernels of Hopper and
+    of Blackwell's first, in bfloat16; for all others torch asks how many.
+    """
+    experts = [p for name, p in causal_lm.named_parameters() if ".experts." in name]
+    kind = getattr(causal_lm.config.get_text_config(), "_experts_implementation", None)
+    if not experts or kind == "batched_mm":
+        return ""
+    dtype = experts[0].dtype
+    if kind == "grouped_mm" and dtype == torch.bfloat16 and capability[0] in (9, 10):
+        return ""
+    where = "sm_{}{}".format(*capability)
+    return f"the host sizes the products of experts ({kind} in {dtype} on {where})"
 
 
 def check_config(config: Any, tokens: int) -> None:

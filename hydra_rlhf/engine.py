@@ -14,6 +14,7 @@ go on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from transformers.cache_utils import Cache
 
 import hydra_kernels.peft
 from hydra_kernels.replay import NotReplayable
-from hydra_rlhf.decodable import Unsupported, check_supported
+from hydra_rlhf.decodable import Unsupported, check_supported, waits_for_experts
 from hydra_rlhf.decode_state import (
     Prefill,
     State,
@@ -35,7 +36,7 @@ from hydra_rlhf.decode_state import (
 )
 from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
-from hydra_rlhf.replayed import casting_anew, fingerprint, recorded
+from hydra_rlhf.replayed import captured, fingerprint, recorded
 from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, check_sampling, generate
 from hydra_rlhf.token_choice import Chosen, choose, write
 
@@ -51,7 +52,7 @@ class RolloutEngine(Engine):
         check_every: Steps between two looks at which rows have finished.
         bucket: Attention reads a multiple of this many slots; on a GPU one graph is captured for
             each multiple. A replay on a CPU reads what a row has and needs none.
-        graph: Capture CUDA graphs; None does so on a GPU.
+        graph: Capture CUDA graphs; None does so on a GPU, and says once where it cannot be.
         replay: Record the step and replay it on a CPU; None does so where it can be, and says once
             where not.
         keep: Most bytes of buffers that graphs keep between calls; past it :meth:`release` frees
@@ -78,7 +79,7 @@ class RolloutEngine(Engine):
         self.batch_size = batch_size
         self.check_every = check_every
         self.bucket = bucket or (256 if on_gpu else 32)
-        self.graph = on_gpu if graph is None else graph
+        self.graph = on_gpu and _is_captured(model) if graph is None else graph
         self._keep = _twentieth(model.device) if keep is None else keep
         self._key: tuple | None = None
         self._state: State | None = None
@@ -358,20 +359,10 @@ class RolloutEngine(Engine):
         """
         kept = {name: buffer.clone() for name, buffer in state.changing().items()}
         slot = state.cache.slot.clone()
-        with torch.cuda.device(state.token.device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            graph = torch.cuda.CUDAGraph()
-            with casting_anew():
-                with torch.cuda.stream(side):
-                    for _ in range(2):
-                        self._token(state, seen, sampling)
-                torch.cuda.current_stream().wait_stream(side)
-                # Of this thread alone: a data loader that pins memory meanwhile is nobody's error.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    self._token(state, seen, sampling)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        step = functools.partial(self._token, state, seen, sampling)
+        graph = captured(step, self._pool, state.token.device)
         for name, buffer in state.changing().items():
             buffer.copy_(kept[name])
         state.cache.slot.copy_(slot)
@@ -486,6 +477,13 @@ class _Step:
         hidden, _, *chosen = self.replay.outputs
         self.engine._advance(state)
         self.engine._write(state, hidden, tuple(chosen), self.sampling)  # type: ignore[arg-type]
+
+
+def _is_captured(model: HydraModel) -> bool:
+    capability = torch.cuda.get_device_capability(model.device)
+    if reason := waits_for_experts(model.causal_lm, capability):
+        _log.warning("decoding runs without CUDA graphs: %s", reason)
+    return not reason
 
 
 def _twentieth(device: torch.device) -> int:

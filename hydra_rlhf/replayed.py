@@ -1,8 +1,9 @@
-"""Recording a decoding step for the CPU, and whether what was recorded still holds."""
+"""Recording a decoding step, for the CPU or a GPU, and whether what was recorded still holds."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,30 @@ def _experts_by_row(model: HydraModel) -> Iterator[None]:
 
 def _has_experts(config: Any) -> bool:
     return getattr(config, "_experts_implementation", None) is not None
+
+
+def captured(step: Callable[[], None], pool: Any, device: torch.device) -> torch.cuda.CUDAGraph:
+    """``step`` as a CUDA graph in a pool of memory. It runs twice first, and not while captured."""
+    with torch.cuda.device(device):
+        side = _side_stream(device)
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with casting_anew():
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            # Of this thread alone: a data loader that pins memory meanwhile is nobody's error.
+            with torch.cuda.graph(graph, pool, side, "thread_local"):
+                step()
+    return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for every capture: cuBLAS keeps a workspace for each stream that it has run on, of 32 MiB
+    on Hopper. torch's own is on the device of the process's first capture."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from hydra_kernels.nn import LMHead
 from hydra_rlhf.decode_state import State, prefill_masks
-from hydra_rlhf.engine import RolloutEngine
+from hydra_rlhf.engine import RolloutEngine, _is_captured
+from hydra_rlhf.replayed import _side_stream
 from hydra_rlhf.rollout import Sampling, generate, pad_left
 from tests.rlhf.families import EOS, FAMILIES, PAD, make_model
 from tests.rlhf.test_engine import GREEDY, PROMPTS
@@ -227,11 +228,62 @@ def test_a_capture_reads_weights_and_not_autocast_s_copies_of_them(monkeypatch):
     monkeypatch.setattr(
         engine, "_token", lambda *_: cached.append(torch.is_autocast_cache_enabled())
     )
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name in ("device", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
-    for name in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with stand_ins_for_streams(monkeypatch), torch.autocast("cpu", dtype=torch.bfloat16):
         engine._capture(engine._state, 16, PLAIN)
         assert cached == [False] * 3 and torch.is_autocast_cache_enabled()
+
+
+def test_every_capture_is_on_one_stream_of_its_device(monkeypatch):
+    """For each that it has run on, cuBLAS keeps a workspace."""
+    engine = prepared("llama", PLAIN)
+    monkeypatch.setattr(engine, "_token", lambda *_: None)
+    with stand_ins_for_streams(monkeypatch) as used:
+        for seen in (16, 32):
+            engine._capture(engine._state, seen, PLAIN)
+    assert len(used) == 4 and len({id(stream) for stream in used}) == 1
+    assert used[0].device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype", "capability", "waits"),
+    [
+        ("llama", None, torch.float16, (8, 0), False),
+        ("mixtral", "grouped_mm", torch.bfloat16, (9, 0), False),
+        ("mixtral", "grouped_mm", torch.bfloat16, (8, 0), True),
+        ("mixtral", "grouped_mm", torch.float32, (9, 0), True),
+        ("mixtral", "batched_mm", torch.float32, (8, 0), False),
+        ("mixtral", "eager", torch.bfloat16, (9, 0), True),
+    ],
+)
+def test_steps_in_which_the_host_sizes_products_are_not_captured(
+    family, kind, dtype, capability, waits, monkeypatch, caplog
+):
+    model = make_model(family, ("joint",))
+    model.base.to(dtype)
+    if kind is not None:
+        model.causal_lm.config._experts_implementation = kind
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _is_captured(model) != waits
+    assert ("without CUDA graphs" in caplog.text) == waits
+
+
+@contextlib.contextmanager
+def stand_ins_for_streams(monkeypatch):
+    """Gives the streams that are warmed up on and captured on."""
+    used = []
+
+    def stream(device=None):
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    def entered(stream):
+        used.append(stream)
+        return contextlib.nullcontext()
+
+    for name in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda of: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, side, mode: entered(side))
+    _side_stream.cache_clear()
+    yield used
+    _side_stream.cache_clear()
