@@ -153,12 +153,18 @@ def step(row: Row, shape: Shape, tokenizer: Words) -> dict[str, float]:
     return ppo.train(row.config, row.models, tokens, prompts).metrics[-1]
 
 
-def disagreement(rows: list[Row]) -> str:
-    """Why the methods that train the same adapters did not compute the same; "" where they did."""
+def disagreement(rows: list[Row], dtype: torch.dtype) -> str:
+    """Why the methods that train the same adapters did not compute the same; "" where they did.
+
+    In half precision they round otherwise, since their batches and ranks are put together in other
+    ways: a token in a thousand is drawn otherwise, and what follows it in its row.
+    """
+    allowed = 1e-3 if dtype == torch.float32 else 0.5
     same = [r for r in rows if r.name in ("lora-ppo", "d-lora-ppo", "hydra-ppo")]
     for name in ("objective/scores", "objective/kl", "loss/value_avg"):
         values = [r.metrics[name] for r in same]
-        if max(values) - min(values) > 1e-3 * max(1.0, abs(values[0])):
+        most = allowed * max(1.0, abs(values[0]))
+        if not all(abs(a - b) <= most for a in values for b in values):  # nor where one is NaN
             return f"{name} differs between methods: {values}"
     return ""
 
@@ -200,15 +206,26 @@ def rows_of(shape: Shape, source: HydraModel, dtype: torch.dtype) -> list[Row]:
     return rows
 
 
+def source_of(shape: Shape, dtype: torch.dtype, device: str) -> HydraModel:
+    """A decoder with random weights, drawn on the device, and heads that are alike everywhere."""
+    config = model_config(shape, dtype)
+    with torch.device(device):
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        source = HydraModel(lm.eval())
+    drawn = torch.empty(source.reward_head.weight.shape)
+    drawn.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for head in (source.reward_head, source.value_head):
+            head.weight.copy_(drawn)
+    return source
+
+
 def run(options: Options) -> Iterator[Record]:
     """All rows, in turn within a round."""
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     for shape in [QUICK] if options.quick else SHAPES[options.device]:
         torch.manual_seed(0)
-        lm = transformers.AutoModelForCausalLM.from_config(model_config(shape, dtype))
-        source = HydraModel(lm.to(options.device, dtype).eval())
-        for head in (source.reward_head, source.value_head):
-            torch.nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+        source = source_of(shape, dtype, options.device)
         tokenizer = Words(shape.sizes["V"])
         # What a fixed length does to ratios and EOS is known here.
         logging.getLogger("hydra_rlhf").setLevel(logging.ERROR)
@@ -220,7 +237,7 @@ def run(options: Options) -> Iterator[Record]:
             with memory.Ledger() as ledger:
                 row.metrics = step(row, shape, tokenizer)
             row.peak = ledger.peak
-        wrong = disagreement(rows)
+        wrong = disagreement(rows, dtype)
         rounds = 1 if options.quick else 3
         for i in range(0 if wrong else rounds):
             for row in rows:

@@ -7,6 +7,7 @@ is the time to read the weights once a token and the keys and values that are th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +30,9 @@ SHAPES = {
         Shape({"B": 1, "P": 32, "T": 64}, "one prompt: calls cost more than arithmetic"),
     ],
     "cuda": [
-        Shape({"B": 32, "P": 512, "T": 512}, "a rollout of a Llama-7b shape", quick=True),
+        Shape({"B": 8, "P": 128, "T": 64}, "a short rollout of a Llama-7b shape", quick=True),
         Shape({"B": 1, "P": 512, "T": 128}, "one prompt: launches cost more than arithmetic"),
+        Shape({"B": 32, "P": 512, "T": 512}, "a rollout of a Llama-7b shape"),
     ],
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
@@ -57,10 +59,11 @@ LLAMA_7B: dict[str, int] = dict(
 def models(device: str, sizes: dict[str, int], dtype: torch.dtype) -> tuple[HydraModel, Any]:
     """Ours and PEFT's own, with the same weights and float32 adapters."""
     config = transformers.LlamaConfig(**sizes)
-    ours, theirs = (
-        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-        for _ in range(2)
-    )
+    with torch.device(device):  # a host takes minutes to draw the weights of a 7b
+        ours, theirs = (
+            transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            for _ in range(2)
+        )
     theirs.load_state_dict(ours.state_dict())
     lora = default_lora_config(ours, r=16)
     model = HydraModel(ours, adapters=("actor", "critic"), lora_config=lora)
@@ -140,6 +143,10 @@ def run(options: Options) -> Iterator[Record]:
     dtype = None
     for wanted, shape in cases:
         if options.quick and not (shape.quick and wanted == DTYPES[device][0]):
+            continue
+        if time.monotonic() > options.deadline:
+            late = dict(status="not reached", why="the run's time was over")
+            yield Record.of(OP, "sample", "hydra", shape, wanted, device, **late)
             continue
         options.say(f"rollout {shape} {wanted}")
         if wanted != dtype:

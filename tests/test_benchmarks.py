@@ -451,3 +451,46 @@ def test_results_are_whole():
         for r in harness.read(path):
             assert r.device and r.commit and r.date and r.versions, path
             assert not r.commit.endswith("-dirty"), path
+
+
+def test_the_weights_of_end_to_end_runs_are_drawn_on_the_device():
+    """On a host those of a 7b take minutes; a device without storage shows where they are."""
+    from benchmarks import bench_ppo_methods, bench_rollout
+
+    pytest.importorskip("peft")
+    ours, theirs = bench_rollout.models("meta", bench_rollout.SMALL, torch.bfloat16)
+    source = bench_ppo_methods.source_of(bench_ppo_methods.QUICK, torch.bfloat16, "meta")
+    for model in (ours.base, theirs, source.base, source.reward_head):
+        weights = [p for name, p in model.named_parameters() if "lora_" not in name]
+        assert {p.device.type for p in weights} == {"meta"}
+    here = bench_ppo_methods.source_of(bench_ppo_methods.QUICK, torch.float32, "cpu")
+    assert torch.equal(here.reward_head.weight, here.value_head.weight)
+    assert here.reward_head.weight.any()
+
+
+def test_rollouts_past_the_deadline_are_not_reached():
+    from benchmarks import bench_rollout
+
+    options = Options(device="cpu", deadline=time.monotonic() - 1.0)
+    assert {r.status for r in bench_rollout.run(options)} == {"not reached"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "alike"),
+    [
+        (torch.float32, 1e-4, True),
+        (torch.float32, 0.01, False),
+        (torch.bfloat16, 0.2, True),  # tokens drawn otherwise
+        (torch.bfloat16, 2.0, False),
+        (torch.bfloat16, float("nan"), False),
+    ],
+)
+def test_methods_that_train_alike_must_compute_alike(dtype, apart, alike):
+    from benchmarks.bench_ppo_methods import disagreement
+
+    names = ("objective/scores", "objective/kl", "loss/value_avg")
+    rows = [
+        SimpleNamespace(name=name, metrics=dict.fromkeys(names, 1.0 + off))
+        for name, off in (("lora-ppo", 0.0), ("hydra-ppo", apart), ("ppo", 9.0))
+    ]
+    assert (disagreement(rows, dtype) == "") == alike
