@@ -108,15 +108,18 @@ class _Cuda:
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """The replay of ``call`` as a captured CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream the current one
 
     def replay() -> object:
         graph.replay()

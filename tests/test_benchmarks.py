@@ -1,5 +1,6 @@
 """The harness: what it times and refuses to time, what it writes down, how two runs compare."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -494,3 +495,29 @@ def test_methods_that_train_alike_must_compute_alike(dtype, apart, alike):
         for name, off in (("lora-ppo", 0.0), ("hydra-ppo", apart), ("ppo", 9.0))
     ]
     assert (disagreement(rows, dtype) == "") == alike
+
+
+def test_a_failed_capture_leaves_the_current_stream(monkeypatch):
+    """torch's own context does not get as far as putting it back."""
+    made = [SimpleNamespace(wait_stream=lambda other: None) for _ in range(2)]
+    now = [made[0]]
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            now[0] = made[1]
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made[1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    with pytest.raises(RuntimeError, match="during capture"):
+        measure.graphed(lambda: None)
+    assert now[0] is made[0]
