@@ -19,6 +19,18 @@ from tests.rlhf.families import batch, make_lm, make_model
 from tests.rlhf.test_ppo import settings
 
 
+def test_modes_are_left_as_they_were():
+    """Those of every module, also where some were set apart, and after an error."""
+    model = make_model("llama").train()
+    model.trunk.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with pytest.raises(ZeroDivisionError), model.no_dropout():
+        assert not any(module.training for module in model.base.modules())
+        raise ZeroDivisionError
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
 def test_generation_is_of_the_role_that_is_asked_for():
     model = make_model("llama", trained=True)
     ids, mask, _ = batch(padded=False)

@@ -356,6 +356,26 @@ def test_reward_function_gets_texts_and_columns():
     assert run(settings(max_steps=1), reward_fn=narrow, prompts=rows).metrics
 
 
+def test_columns_that_only_some_rows_have():
+    """A reward function gets each of them, with None where a row has none: whichever is first."""
+    from hydra_rlhf.data import Prompt
+
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts)
+        return [0.0] * len(prompts)
+
+    names = ("even", "odd")
+    rows = [Prompt(p, extra={names[i % 2]: i}) for i, p in enumerate(PROMPTS)]
+    run(settings(max_steps=1), reward_fn=reward, prompts=rows)
+    numbers = [PROMPTS.index(prompt) for prompt in seen.pop("prompts")]
+    assert seen == {
+        "even": [None if i % 2 else i for i in numbers],
+        "odd": [i if i % 2 else None for i in numbers],
+    }
+
+
 def test_a_reward_function_runs_in_its_own_precision():
     """A reward model in it is not rounded to that of the policy's passes, nor in evaluation."""
     seen = []
