@@ -33,6 +33,8 @@ HYDRA_INLINE T map_one(T a, T b) {
     if constexpr (kOp == kGeluTanh) {
       return 0.5f * a * (1.0f + fast_tanh(0.79788456080286536f * (a + 0.044715f * a * a * a)));
     }
+    if constexpr (kOp == kFloor) return std::floor(a);
+    if constexpr (kOp == kLog) return std::log(a);
     if constexpr (kOp == kCos) return std::cos(a);
     if constexpr (kOp == kSin) return std::sin(a);
   }
@@ -163,6 +165,8 @@ HYDRA_INLINE void run_map(Words words, int thread, int threads) {
     HYDRA_CASE(kDiv);
     HYDRA_CASE(kMax);
     HYDRA_CASE(kMin);
+    HYDRA_CASE(kFloor);
+    HYDRA_CASE(kLog);
 #undef HYDRA_CASE
 #undef HYDRA_MAP
   }

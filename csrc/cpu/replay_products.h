@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -143,13 +144,17 @@ HYDRA_INLINE void dot_tile(
   if (p.extra.depth > 0) add_dots<W, MR, NR>(sums, p.extra, m, n, last, false);
   sum_lanes<W>(sums);
   float total[W];
-  store<W>(total, sums[0]);
+  store<W>(total, sums[0] * p.alpha);
+  float* y = p.y + m * p.ldy + n;
+  if (p.bias == nullptr && !p.accumulate && last - n >= NR) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) std::memcpy(y + i * p.ldy, total + i * NR, NR * sizeof(float));
+    return;
+  }
   const int width = static_cast<int>(std::min<std::int64_t>(NR, last - n));
-  for (int i = 0; i < MR; ++i) {
-    float* y = p.y + (m + i) * p.ldy + n;
+  for (int i = 0; i < MR; ++i, y += p.ldy) {
     for (int j = 0; j < width; ++j) {
-      float value = p.alpha * total[i * NR + j];
-      if (p.bias != nullptr) value += p.bias[n + j];
+      const float value = total[i * NR + j] + (p.bias == nullptr ? 0.0f : p.bias[n + j]);
       y[j] = p.accumulate ? y[j] + value : value;
     }
   }

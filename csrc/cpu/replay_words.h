@@ -48,6 +48,8 @@ enum MapOp : std::int64_t {
   kDiv,
   kMax,
   kMin,
+  kFloor,
+  kLog,
 };
 
 enum MapType : std::int64_t { kFloat = 0, kInt = 1, kIntToFloat = 2, kBf16ToFloat = 3 };

@@ -25,7 +25,7 @@ LINEAR, LINEAR_T, MAP, MEAN, LAYER_NORM, SOFTMAX, GATHER, PUT, ATTENTION, DRAW =
 SUM, TOP_K, PICK, EXPERTS = range(10, 14)
 _MAPS = (
     "copy neg square cube sqrt rsqrt exp tanh sigmoid silu relu gelu gelu_tanh cos sin add sub mul "
-    "div max min"
+    "div max min floor log"
 ).split()
 MAP_OPS = {name: number for number, name in enumerate(_MAPS)}
 _INT_MAPS = ("copy", "add", "sub", "mul")

@@ -90,6 +90,8 @@ _UNARY = {
     aten.relu.default: "relu",
     aten.cos.default: "cos",
     aten.sin.default: "sin",
+    aten.floor.default: "floor",
+    aten.log.default: "log",
     aten.clone.default: "copy",
 }
 

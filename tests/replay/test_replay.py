@@ -68,6 +68,8 @@ UNARY = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "cos": torch.cos,
     "sin": torch.sin,
+    "floor": torch.floor,
+    "log": lambda x: torch.log(x.pow(2) + 0.1),
     "cube": lambda x: x.pow(3),
     "root": lambda x: x.pow(2).pow(0.5),
     "scalars": lambda x: (x * 3.0 + 2.0) / 7.0 - 0.5,
