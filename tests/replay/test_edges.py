@@ -226,3 +226,45 @@ def test_a_nucleus_that_is_reached_exactly_is_full():
     for token, _, drawn in outs:
         assert token.item() == 1
         assert drawn.exp().item() == pytest.approx(0.5)
+
+
+@replayed
+def test_rounding_that_leaves_the_threshold_above_the_sum_draws_the_last_of_any_weight():
+    """A large weight first, then fifteen of three quarters of its last place: added to it in
+    float32 each counts as a whole, which the walk along the tokens, in float64, never reaches."""
+    logits = torch.full((1, 40), -torch.inf)
+    logits[0, 0] = 0.0
+    logits[0, 1:16] = float(torch.tensor(0.75 * 2.0**-23, dtype=torch.float64).log())
+    uniforms, columns = torch.tensor([[1.0 - 2.0**-24]]), torch.zeros(1, 1, dtype=torch.long)
+    replay = Replay(lambda: draw_tokens(logits, uniforms, columns))
+    replay.outputs[0].fill_(7)
+    replay()
+    assert replay.outputs[0].item() == 15
+
+
+def test_all_but_one_are_the_likeliest():
+    logits, uniforms = torch.tensor([[0.0, 0.5, -1.0, 1.0]]), torch.tensor([[1 - 2**-24]])
+    columns = torch.zeros(1, 1, dtype=torch.long)
+
+    def draw():
+        return draw_tokens(logits[:, [0, 1, 3, 2]] * 1.0, uniforms, columns, top_k=3)
+
+    outs = [draw()]
+    if not unavailable():
+        replay = Replay(draw)
+        replay.outputs[0].zero_()
+        replay()
+        outs.append(replay.outputs)
+    kept = torch.log_softmax(torch.tensor([0.0, 0.5, 1.0]), -1)
+    for token, _, drawn in outs:
+        assert token.item() == 2
+        assert drawn.item() == pytest.approx(kept[2].item(), abs=1e-6)
+
+
+@replayed
+def test_a_layer_norm_of_nearly_equal_numbers():
+    """Their variance is a tenth of eps."""
+    x = 1e-3 * torch.randn(3, 40)
+    replay = Replay(lambda: (F.layer_norm(x, (40,), eps=1e-5),))
+    replay()
+    torch.testing.assert_close(replay.outputs[0], F.layer_norm(x, (40,), eps=1e-5))
