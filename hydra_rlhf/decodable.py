@@ -26,7 +26,10 @@ def check_supported(causal_lm: Any, tokens: int) -> None:
         raise Unsupported(f"{type(trunk).__name__} keeps more of the past than keys and values")
     if "past_key_values" not in inspect.signature(trunk.forward).parameters:
         raise Unsupported(f"{type(trunk).__name__} keeps no keys and values")
-    if any(getattr(module, "is_decoder", None) is False for module in trunk.modules()):
+    # Transformers 4 says so of every model, and their encoders' blocks say it for themselves.
+    if getattr(causal_lm.config, "is_decoder", None) is False and any(
+        getattr(module, "is_decoder", None) is False for module in trunk.modules()
+    ):
         raise Unsupported(f"{type(trunk).__name__} is an encoder, which sees what comes later")
     check_config(causal_lm.config.get_text_config(), tokens)
 

@@ -309,13 +309,19 @@ class RolloutEngine(Engine):
     def _new_state(
         self, B: int, P: int, sampling: Sampling, values: bool, device: torch.device
     ) -> State:
-        """Buffers of this size, those of the last call where they fit."""
+        """Buffers of this size, those of the last call where they fit.
+
+        On a CPU narrower prompts fit into buffers of wider ones: a step is recorded for the slots
+        that there are, and masks hide those that a batch does not have.
+        """
         T = sampling.response_length
         # CUDA's attention copies masks, once a layer, whose rows do not begin at 16 bytes.
         slots = -(-(P + T) // 8) * 8 if self.graph else P + T
         window = self._window is not None and self._window < slots
-        key = (B, P, T, sampling, values, self._entering.on, self._dtype, fingerprint(self.model))
-        if self._key == key and self._state is not None:
+        width = P if self.graph else None
+        settings = sampling, values, self._entering.on, self._dtype
+        key = (B, width, T, settings, fingerprint(self.model))
+        if self._key == key and self._state is not None and slots <= self._state.mask.shape[1]:
             self._state.restore()
             return self._state
         self._forget()

@@ -249,6 +249,27 @@ def test_buffers_are_kept_and_released():
     assert torch.equal(longer.tokens[:, :20][first.lengths < 20], first.tokens[first.lengths < 20])
 
 
+@pytest.mark.parametrize("settings", [{}, {"replay": False, "bucket": 4}])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_narrower_prompts_in_buffers_of_wider_ones(family, settings):
+    """Recorded once for all; what lay there before does not matter. Windows of 8 are passed."""
+    model = make_model(family, trained=True, layers_to_transform=[2])
+    engine = RolloutEngine(model, **settings)
+    seen = []
+    for some in (PROMPTS[:3], [[5, 6], [7], [8, 9, 10]], [[4], [3], [2]], [[5] * 4, [6] * 9, [7]]):
+        given = pad_left(some, PAD)
+        out = engine.generate(*given, GREEDY, keep_prefix=True)
+        seen.append((engine._state, *engine._replays.values()))
+        fresh = RolloutEngine(model, replay=False).generate(*given, GREEDY, keep_prefix=True)
+        assert torch.equal(out.tokens, fresh.tokens)
+        torch.testing.assert_close(out.logprobs, fresh.logprobs, rtol=0, atol=1e-5)
+        assert out.prefix.hidden.shape == fresh.prefix.hidden.shape
+        torch.testing.assert_close(out.prefix.hidden, fresh.prefix.hidden, rtol=1e-5, atol=1e-5)
+    assert all(state is seen[0][0] and (*steps,) == seen[0][1:] for state, *steps in seen)
+    engine.generate(*pad_left([[5] * 10, [6], [7]], PAD), GREEDY, keep_prefix=True)
+    assert engine._state is not seen[0][0]
+
+
 def test_model_without_adapters():
     model = HydraModel(make_lm("opt"))
     ids, mask = prompts()
