@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class IdsOfModel:
 
     def __init__(self, model: nn.Module, current: Current) -> None:
         self.current = current
+        self.adapters: tuple[tuple[str, Any], ...] = ()  # names and configs
         self.names: tuple[str, ...] = ()
         self.index: dict[str, int] = {}
         self.usage = Usage()
@@ -60,8 +62,20 @@ class IdsOfModel:
         group_siblings(model)
         # A module that checkpoints says so by this attribute, transformers' convention.
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.names = tuple(adapter_names(model))
+        owner = _owner(model)
+        self.owner = weakref.ref(owner)
+        self.adapters = tuple(owner.peft_config.items())
+        self.names = tuple(name for name, _ in self.adapters)
         self.index = {name: i for i, name in enumerate(self.names)}
+
+    def holds(self) -> bool:
+        """Whether no adapter came, went or was replaced since the scan, nor a layer unfused."""
+        owner, layer = self.owner(), self.layer
+        return (
+            owner is not None
+            and tuple(owner.peft_config.items()) == self.adapters
+            and (layer is None or layer.__dict__.get("_current") is self.current)
+        )
 
     def wrap_checkpoints(self) -> None:
         for module in self.checkpointed:
@@ -83,7 +97,7 @@ class IdsOfModel:
 
     def id_of(self, adapter: int | str) -> int:
         if not isinstance(adapter, str):
-            return adapter
+            return operator.index(adapter)
         if adapter == BASE:
             return -1
         if adapter not in self.index:
@@ -133,10 +147,14 @@ def _keep(current: Current, function: Callable) -> Callable:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of a PEFT model's adapters in the order they were added, which is that of their ids."""
+    return list(_owner(model).peft_config)
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """The module that knows of the adapters: the model, or one in it where something wraps it."""
     for module in model.modules():
-        config = getattr(module, "peft_config", None)
-        if isinstance(config, dict):
-            return list(config)
+        if isinstance(getattr(module, "peft_config", None), dict):
+            return module
     raise ValueError(f"{type(model).__name__} has no adapters of PEFT")
 
 
@@ -173,15 +191,14 @@ class adapter_ids:  # noqa: N801  a context manager, named as it reads
         if known is None:
             known = IdsOfModel(model, _current_of(model))
             model._hydra_model = known
-        else:
-            config = getattr(model, "peft_config", None)
-            if isinstance(config, dict) and tuple(config) != known.names:
-                known.scan(model)
+        elif not known.holds():
+            known.scan(model)
         self._only: dict[str, int] | None = None
         if isinstance(ids, str):
             ids = known.id_of(ids)
         elif isinstance(ids, Sequence):
-            ids = torch.tensor([known.id_of(each) for each in ids], device=known.device)
+            found = [known.id_of(each) for each in ids]
+            ids = torch.tensor(found, dtype=torch.int64, device=known.device)
         if ids is not None and not isinstance(ids, Tensor):
             ids = operator.index(ids)
             self._only = {} if ids < 0 else {name: ids for name in known.names[ids : ids + 1]}

@@ -202,6 +202,40 @@ def test_refusals_at_entry(ids, message):
         adapter_ids(make_fused(), ids)
 
 
+class Wrapper(nn.Module):
+    """As DistributedDataParallel: has the model, and nothing of PEFT's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_wrapper_of_the_model_knows_what_became_of_it():
+    model, tokens = make_fused(), make_tokens()
+    wrapper = Wrapper(model)
+    with adapter_ids(wrapper, 1):
+        second = model(tokens).logits
+    model.delete_adapter("one")
+    with adapter_ids(wrapper, 0):
+        assert torch.equal(model(tokens).logits, second)
+    hydra_peft.unfuse(model)
+    with pytest.raises(ValueError, match="PEFT's own code"):
+        adapter_ids(wrapper, 0)
+    hydra_peft.fuse(model)
+    with adapter_ids(wrapper, -1):
+        assert not torch.equal(model(tokens).logits, second)
+
+
+def test_an_adapter_replaced_by_one_of_its_name_is_seen():
+    model = make_fused(target_modules=["q_proj"])
+    with adapter_ids(model, 1):
+        pass
+    model.delete_adapter("two")
+    model.add_adapter("two", make_config(target_modules=["o_proj"]))
+    with pytest.raises(ValueError, match=r"PEFT's own code.*o_proj"):
+        adapter_ids(model, 1)
+
+
 def test_names_stand_for_ids():
     model = make_fused()
     tokens = make_tokens()
@@ -218,8 +252,12 @@ def test_names_stand_for_ids():
     for names in ("three", ["one", "three", "one"]):
         with pytest.raises(ValueError, match=r"no adapter is called 'three' \(adapters: one, two"):
             adapter_ids(model, names)
-    with pytest.raises(TypeError, match="integer"):
-        adapter_ids(model, 0.5)
+    for wrong in (0.5, [None, 0, 1], [0.5, 0, 1]):
+        with pytest.raises(TypeError, match="integer"):
+            adapter_ids(model, wrong)
+    layer = next(m for m in model.modules() if isinstance(m, hydra_peft.FusedLinear))
+    with adapter_ids(model, []):
+        assert layer(torch.randn(0, 4, layer.in_features)).shape[0] == 0
 
 
 @pytest.mark.parametrize(
