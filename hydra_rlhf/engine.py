@@ -38,7 +38,7 @@ from hydra_rlhf.generated import Entering, Generated, as_rollout, finish
 from hydra_rlhf.model import HydraModel, position_ids
 from hydra_rlhf.replayed import captured, fingerprint, recorded
 from hydra_rlhf.rollout import Engine, Request, Rollout, Sampling, check_sampling, generate
-from hydra_rlhf.token_choice import Chosen, choose, write
+from hydra_rlhf.token_choice import Chosen, choose, uniforms_of, write
 
 _log = logging.getLogger("hydra_rlhf")
 
@@ -174,7 +174,7 @@ class RolloutEngine(Engine):
         if input_ids.shape[0] == 0:
             raise ValueError("no prompts")
         check_supported(model.causal_lm, input_ids.shape[1] + sampling.response_length)
-        uniforms = _uniforms(seeds, len(input_ids), sampling.response_length, input_ids.device)
+        uniforms = uniforms_of(seeds, len(input_ids), sampling.response_length, input_ids.device)
         adapter = model.adapter_id(role)
         self._entering = Entering(model, keep_prefix)
         with model.no_dropout(), self._adapters(adapter), self._entering:
@@ -496,11 +496,3 @@ def _twentieth(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).total_memory // 20
-
-
-def _uniforms(seeds: Sequence[int] | None, N: int, T: int, device: torch.device) -> Tensor:
-    """(N, T) in [0, 1): all that sampling draws, so that a step draws nothing."""
-    if seeds is None:
-        return torch.rand(N, T, device=device)
-    rows = [torch.rand(T, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    return torch.stack(rows).to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,14 @@ from hydra_rlhf.rollout import Sampling
 
 # The token (B, 1), its log-probability, and the same under what it was drawn from.
 Chosen = tuple[Tensor, Tensor, Tensor]
+
+
+def uniforms_of(seeds: Sequence[int] | None, N: int, T: int, device: torch.device) -> Tensor:
+    """(N, T) in [0, 1): all that sampling draws, so that a step draws nothing."""
+    if seeds is None:
+        return torch.rand(N, T, device=device)
+    rows = [torch.rand(T, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows).to(device)
 
 
 def is_filtered(sampling: Sampling) -> bool:
