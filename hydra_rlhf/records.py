@@ -86,6 +86,11 @@ def check_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = F
     if resume:
         if not holds_run:
             raise UserError(f"cannot resume: {path} holds no run")
+        if _is_finished(path) and not any((path / "checkpoints").glob("step-*")):
+            raise UserError(
+                f"cannot resume: {path} holds a finished run and no checkpoint to go on from "
+                "(--save-steps takes them); --overwrite starts anew"
+            )
         return
     if not path.exists() or not any(path.iterdir()):
         return
@@ -96,6 +101,11 @@ def check_run_dir(path: str | Path, *, overwrite: bool = False, resume: bool = F
             f"output folder {path} already holds a run (started {_started(path)}): "
             "choose another, or pass --overwrite to replace it"
         )
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether there is what a run writes at its end, which starting anew would replace."""
+    return any((path / made).is_dir() for made in ("actor", "joint", "model"))
 
 
 def _is_unused(path: Path) -> bool:

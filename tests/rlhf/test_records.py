@@ -60,6 +60,22 @@ def failed_run(path, steps=0, **kwargs):
     return path
 
 
+@pytest.mark.parametrize("made", ["actor", "joint", "model"])
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(made, tmp_path):
+    """--resume on it would train from the first step and replace what it had learnt."""
+    run = open_run_dir(tmp_path / "run")
+    with Tracker(run) as tracker:
+        tracker.log(1, {"loss": 1.0}, "sft")
+    check_run_dir(run, resume=True)  # it ended before its first checkpoint: from the start
+    (run / made).mkdir()
+    (run / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="finished run and no checkpoint .*--save-steps"):
+        open_run_dir(run, resume=True)
+    check_run_dir(run, overwrite=True)
+    (run / "checkpoints" / "step-00000001").mkdir()
+    check_run_dir(run, resume=True)
+
+
 def test_a_run_that_failed_before_its_first_step_is_replaced(tmp_path):
     run = failed_run(open_run_dir(tmp_path / "run"))
     assert (run / "run.json").exists()
