@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_WIDTH = 110  # columns where stdout is not a terminal
 PLAIN_LINES = 10  # lines a stage prints there
+PLAIN_SECONDS = 600.0  # or this long after the last: a tenth of a long run is hours
 
 
 class ProgressBar:
@@ -83,24 +84,25 @@ class _RichBar(ProgressBar):
 
 
 class _PlainBar(ProgressBar):
-    """A line at the first step, at every tenth of the way and at the last."""
+    """A line at the first step, at every tenth of the way or ten minutes, and at the last."""
 
     def __init__(self, console: Console, stage: str, total: int):
         super().__init__(total)
         self._console, self._stage = console, stage
-        self._printed = -1
+        self._printed, self._printed_at = -1, 0.0
         self._figures: dict[str, Any] = {}
 
     def _show(self, step: int, figures: dict[str, Any]) -> None:
         self._figures.update(figures)
         part = step * PLAIN_LINES // max(self._total, 1)
-        if part == self._printed:
+        seconds = self._seconds()
+        if part == self._printed and seconds - self._printed_at < PLAIN_SECONDS:
             return
-        self._printed = part
+        self._printed, self._printed_at = part, seconds
         shown = "".join(f"  {_label(k)} {format_figure(v)}" for k, v in self._figures.items())
         left = f", {self._left(step):.0f} s left" if 0 < step < self._total else ""
         self._console.print(
-            f"{self._stage:<12} {step:>5}/{self._total}  {self._seconds():6.1f} s{left}{shown}",
+            f"{self._stage:<12} {step:>5}/{self._total}  {seconds:6.1f} s{left}{shown}",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -210,6 +210,17 @@ def test_off_a_terminal_progress_is_a_few_plain_lines(capsys):
     assert "200/200" in lines[-1] and "loss 0.010" in lines[-1]
 
 
+def test_off_a_terminal_a_long_run_shows_every_ten_minutes_that_it_lives(capsys, monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    with Tracker(None).progress("PPO", 100_000) as bar:
+        for step in range(1, 62):  # a minute each, all within the first tenth
+            clock["now"] += 60.0
+            bar.update(step)
+    shown = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [1, 11, 21, 31, 41, 51, 61]
+
+
 def test_on_a_terminal_progress_is_a_bar():
     console = Console(force_terminal=True, width=100, record=True)
     tracker = Tracker(None, console=console)
