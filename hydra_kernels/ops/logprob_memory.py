@@ -16,7 +16,7 @@ from hydra_kernels.backends.cpu import linear_logprob as cpu
 from hydra_kernels.backends.cuda import linear_logprob as cuda
 
 # As the Triton kernels have them, which cannot be imported everywhere.
-TRITON_BUDGET_MB, TRITON_UNIT, TRITON_SPLITS, NUM_SUMS = 256, 256, 128, 8
+TRITON_BUDGET_MB, TRITON_UNIT, TRITON_SPLITS, NUM_SUMS = 256, 256, 192, 8
 
 
 class LogprobMemory(NamedTuple):
@@ -56,7 +56,9 @@ def linear_logprob_memory(
     forward, backward = (
         max(pair)
         for pair in zip(
-            _by_cuda(M, D, V, dtype.itemsize, n), _by_triton(M, D, V, dtype.itemsize), strict=True
+            _by_cuda(M, D, V, dtype.itemsize, n),
+            _by_triton(M, D, V, dtype.itemsize, n),
+            strict=True,
         )
     )
     return LogprobMemory(0, forward, backward)
@@ -92,8 +94,9 @@ def _by_cuda(M: int, D: int, V: int, itemsize: int, n: int) -> tuple[int, int]:
     )
 
 
-def _by_triton(M: int, D: int, V: int, itemsize: int) -> tuple[int, int]:
+def _by_triton(M: int, D: int, V: int, itemsize: int, n: int) -> tuple[int, int]:
     budget = float(os.environ.get("HYDRA_LOGPROB_BUDGET_MB") or TRITON_BUDGET_MB) * 2**20
     columns = max(1, int(budget / (M * itemsize)) // TRITON_UNIT) * TRITON_UNIT
     columns = min(columns, -(-V // TRITON_UNIT) * TRITON_UNIT)
-    return 4 * (TRITON_SPLITS * NUM_SUMS + 9) * M, M * columns * itemsize + 4 * M * D
+    sums = TRITON_SPLITS * NUM_SUMS * n // 2
+    return 4 * (sums + 9) * M, M * columns * itemsize + 4 * M * D

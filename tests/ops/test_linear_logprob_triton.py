@@ -26,11 +26,17 @@ BLOCKS = {
 }
 
 
+SPECIALIZED = pytest.mark.parametrize("described", [0, 1], indirect=True, ids=["", "specialized"])
+
+
 @pytest.fixture
-def described(monkeypatch):
+def described(request, monkeypatch):
     """Small blocks, all by descriptors; collects the candidates that each kernel had."""
     seen: dict[str, list] = {}
-    smallest = (64, 64, 32) if DEVICE == "cuda" else (32, 64, 32)
+    specialize = getattr(request, "param", 0)
+    smallest = (32, 64, 32)
+    if DEVICE == "cuda":
+        smallest = (128, 64, 64) if specialize else (64, 64, 32)
 
     def choose(name, tensor, sizes, candidates, launch):
         name = name.removeprefix("linear_logprob_")
@@ -38,10 +44,13 @@ def described(monkeypatch):
         if not any(config["TMA"] for config in candidates):
             return candidates[0]
         config = dict(zip(BLOCKS[name], smallest, strict=True)) | {"TMA": 1, "GROUP": 2}
-        config |= {"num_warps": 4, "num_stages": 2}
-        return config | ({"SPLITS": 5} if name == "fwd" else {})
+        offered = any(config["SPECIALIZE"] for config in candidates)  # else it may not compile
+        how = {"SPECIALIZE": int(specialize and (offered or DEVICE == "cpu"))}
+        return config | how | {"num_warps": 4, "num_stages": 2}
 
     monkeypatch.setattr(kernel.tuning, "choose", choose)
+    # two blocks a split, the last split with one; several splits a program
+    monkeypatch.setattr(kernel, "MANY_SPLITS", 5)
     # two chunks of the vocabulary
     monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", str(kernel.CHUNK_UNIT * 70 * 2 / 2**20))
     return seen
@@ -54,6 +63,7 @@ def half_inputs(D=72, V=523, **kw):
 
 @pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@SPECIALIZED
 def test_descriptors_give_the_same_answer(described, reference, bias):
     inputs = half_inputs(bias=bias)
     if not reference:
@@ -86,6 +96,7 @@ def test_descriptors_read_rows_that_do_not_count_and_drop_them(described):
             assert torch.equal(a, b)
 
 
+@SPECIALIZED
 def test_a_row_is_the_same_in_any_batch_and_any_layout(described):
     inputs = half_inputs(ignored=0.0)
     upstream = torch.randn(4, 70, device=DEVICE)
@@ -127,11 +138,54 @@ def test_older_gpus_and_float32_are_offered_no_descriptors():
     for itemsize, major, tma in [(4, 9, True), (2, 9, False)]:
         for has_ref in (False, True):
             assert not any(
-                tile.tma for tile in kernel._candidates(itemsize, has_ref, False, major, tma)
+                tile.tma for tile in kernel._candidates(itemsize, has_ref, False, major, tma, True)
             )
         assert not any(config["TMA"] for config in kernel._dhidden_candidates(itemsize, tma))
     runtime = kernel.runtime
     assert runtime.has_tma(torch.zeros(2, 8)) and not runtime.has_tma(torch.zeros(0, 8))
+
+
+@pytest.mark.parametrize(
+    "V, width, blocks, even",
+    [
+        (32000, 256, 1, True),
+        (128256, 256, 3, True),  # 501 blocks: two a split would leave one over
+        (128256, 128, 6, True),
+        (151936, 256, 4, False),  # 593.5 blocks
+        (256 * 997, 256, 6, False),  # a prime number of them
+        (50257, 128, 3, False),
+        (1, 256, 1, False),
+    ],
+)
+def test_blocks_are_shared_out_without_one_left_over_where_they_can(V, width, blocks, even):
+    found = kernel._blocks_of_split(V, width)
+    assert found == blocks and (V % (found * width) == 0) == even
+    assert -(-V // (found * width)) <= kernel.MANY_SPLITS
+
+
+def test_what_does_not_compile_specialized_is_not_offered():
+    """Two sums, with a bias or columns beyond V; and their gradient, which spills."""
+
+    def offers(found):
+        return any(config["SPECIALIZE"] for config in found)
+
+    assert offers(kernel._fwd_candidates(2, False, False, 9, True, False))
+    assert offers(kernel._fwd_candidates(2, True, False, 9, True, True))
+    assert not offers(kernel._fwd_candidates(2, True, False, 9, True, False))
+    assert offers(kernel._dlogits_candidates(2, False, False, 9, True, True))
+    assert not offers(kernel._dlogits_candidates(2, True, False, 9, True, True))
+
+
+def test_the_users_own_allocator_is_put_back():
+    from triton.runtime import _allocation
+
+    before = _allocation._allocator.get()
+    seen = []
+    kernel.runtime.launch_with_scratch(
+        lambda size, n: seen.append((size, n, _allocation._allocator.get())), 3, n=4
+    )
+    assert seen[0][:2] == (3, 4) and seen[0][2] is not before
+    assert _allocation._allocator.get() is before
 
 
 @pytest.mark.skipif(

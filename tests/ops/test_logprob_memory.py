@@ -83,7 +83,7 @@ def test_of_a_gpu_is_as_triton_has_it(monkeypatch):
     assert logprob_memory.TRITON_BUDGET_MB == backend.DEFAULT_BUDGET_MB
     assert logprob_memory.TRITON_UNIT == backend.CHUNK_UNIT
     assert logprob_memory.TRITON_SPLITS == backend.MANY_SPLITS
-    assert logprob_memory.NUM_SUMS == backend.NUM_SUMS.value
+    assert logprob_memory.NUM_SUMS == backend.NUM_SUMS
     monkeypatch.setenv("HYDRA_LOGPROB_BUDGET_MB", "3")
     for M in (1, 100, 5000):
         columns = backend._chunk(M, 2)

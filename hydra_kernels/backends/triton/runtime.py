@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,3 +83,17 @@ def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def launch_with_scratch(kernel: Callable[..., object], *args: object, **options: object) -> None:
+    """Launches a kernel that makes descriptors itself, for which Triton asks for device memory.
+
+    The allocator that is told to Triton is gone afterwards: another may be the user's.
+    """
+    import triton
+
+    def run() -> None:
+        triton.set_allocator(lambda size, _, __: torch.empty(size, dtype=torch.int8, device="cuda"))
+        kernel(*args, **options)
+
+    contextvars.copy_context().run(run)
