@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from hydra_rlhf import engine, ppo
 from hydra_rlhf.config import METHODS, PPOConfig
@@ -387,7 +388,11 @@ def test_a_reward_function_runs_in_its_own_precision():
         return (float(third) for _ in prompts)
 
     changes = dict(max_steps=1, mixed_precision="bf16", eval_steps=1)
-    run(settings(**changes), reward_fn=reward, eval_prompts=PROMPTS[:2])
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one setting a process
+    try:
+        run(settings(**changes), reward_fn=reward, eval_prompts=PROMPTS[:2])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert seen == [False] * 6  # the rollout's, the policy's and the reference's
 
 
