@@ -13,6 +13,9 @@ Candidates of the tuning table, from Hopper on and for aligned rows in half prec
 of linear_logprob_tma_kernels.py, with blocks twice as wide, read through descriptors by the copy
 engine (TMA), which leaves the registers that pointers take to the sums. 128 x 256 products need
 three quarters of the bytes from L2 that 128 x 128 do.
+
+Past 500 lines because each kernel is launched twice, by pointers and by descriptors, and what is
+compiled without a GPU has to name every argument of both.
 """
 
 from __future__ import annotations
