@@ -1,8 +1,9 @@
 """Sampling responses: the engine beside transformers' ``generate``, over our layers and PEFT's.
 
 Random weights, adapters of rank 16 on every linear layer, prompts without padding, responses of a
-fixed length. A record is one batch; ``figures`` has the tokens per second. The floor of a GPU row
-is the time to read the weights once a token and the keys and values that are there by then.
+fixed length. The engine's rows come with log-probabilities, those of ``generate`` are tokens alone.
+A record is one batch; ``figures`` has the tokens per second. The floor of a GPU row is the time to
+read the weights once a token and the keys and values that are there by then.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def calls(
         "hydra, adapter off": lambda: engine(
             model, ids, mask, sampling, role="reference", with_logprobs=True
         ),
-        "generate, fused": lambda: generate(model, ids, mask, sampling, with_logprobs=True),
+        "generate, fused": lambda: generate(model, ids, mask, sampling),
         "generate, peft": lambda: by_peft(True),
     }
     return rows, wrong
