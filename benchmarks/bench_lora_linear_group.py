@@ -25,7 +25,10 @@ SHAPES = {
         Shape({"M": 1024, "K": 1024, "N": 1536, "R": r}, "a small model's", quick=r == 16)
         for r in (16, 64)
     ],
-    "cuda": [Shape({"M": 8192, "K": 4096, "N": 6144, "R": r}, "training") for r in (16, 32)],
+    "cuda": [
+        Shape({"M": 8192, "K": 4096, "N": 6144, "R": r}, "training", quick=r == 16)
+        for r in (16, 32)
+    ],
 }
 
 

@@ -327,7 +327,7 @@ def test_every_choice_of_linear_logprob_gives_the_same_answer(monkeypatch, refer
 
     monkeypatch.setattr(kernel.tuning, "choose", choose)
     expected = results("reference")
-    for turn in range(len(kernel._fwd_candidates(2, reference, False, 9, True))):
+    for turn in range(len(kernel._fwd_candidates(2, reference, False, 9, True, False))):
         turns.append(turn)
         # the reference rounds its logits to half precision
         torch.testing.assert_close(results("triton"), expected, rtol=5e-3, atol=2e-2)

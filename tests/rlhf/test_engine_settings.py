@@ -474,13 +474,13 @@ class FakeCuda:
         for name, value in {
             "device": context,
             "graph_pool_handle": lambda: 1,
-            "Stream": lambda: nothing,
             "current_stream": lambda: nothing,
             "stream": context,
             "CUDAGraph": FakeGraph,
             "graph": context,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr("hydra_rlhf.replayed._side_stream", lambda device: nothing)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
