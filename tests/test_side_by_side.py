@@ -23,7 +23,7 @@ def scale_kernel(x, out, n, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
 
 # Triton's own compiler for a Hopper GPU, which is not there: to launch is an error.
 PROGRAM = """
-import json, sys, threading
+import itertools, json, threading
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from hydra_kernels.backends.triton.side_by_side import compile_launches
@@ -41,16 +41,13 @@ launches = [
     lambda block=block, factor=factor: scale_kernel[(1,)](x, x, 100, FACTOR=factor, BLOCK=block)
     for block in (64, 128, 256) for factor in (0.5, None)
 ]
-compiled, together = [], threading.Barrier(2, timeout=60)
+compiled, turns, together = [], itertools.count(), threading.Barrier(2, timeout=60)
 really = triton.compiler.compile
 
 def compile(source, **options):
-    block = source.constants[(4,)]
-    if len(compiled) < 2:  # the first two wait for each other
-        compiled.append(block)
+    compiled.append([source.constants[(4,)], source.constants[(3,)]])
+    if next(turns) < 2:  # the first two wait for each other
         together.wait()
-    else:
-        compiled.append(block)
     return really(source, **options)
 
 triton.compiler.compile = compile
@@ -80,7 +77,9 @@ def test_a_launch_finds_its_kernel_compiled(tmp_path):
     found = json.loads(ran.stdout)
     assert found["count"] == 6 and found["hook"] is None
     # A kernel that was not compiled together with the others would be here a second time.
-    assert sorted(found["compiled"]) == [64] * 3 + [128] * 3 + [256] * 3, found
+    assert sorted(c for c in found["compiled"] if c[1]) == [[64, 0.5], [128, 0.5], [256, 0.5]], (
+        found
+    )
     assert [said == "launched" for said in found["said"]] == [True, False] * 3, found["said"]
 
 
