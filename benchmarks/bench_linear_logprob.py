@@ -2,7 +2,8 @@
 
 "bare product" is what cannot be avoided: the products alone, of one operand after the other, into
 one buffer. Forward needs one, and one more for a reference; backward as many again, since no logits
-are kept, and one for the gradient of the rows (the head is frozen here, as with LoRA).
+are kept, and one for the gradient of the rows (the head is frozen here, as with LoRA). "saved" is
+ours with ``memory="save"``, which keeps the logits, as torch.compile does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hydra_kernels import linear_logprob
 OP = "linear_logprob"
 MODES = ("fwd", "fwd+bwd", "fwd, reference", "fwd+bwd, reference")
 PEERS = (
+    "saved",
     "bare product",
     "eager",
     "torch.compile",
@@ -93,8 +95,10 @@ def calls(tensors: Inputs, mode: str) -> dict:
     ref = ref_hidden if has_ref else None
     device = hidden.device.type
 
-    def mine(backend: str):
-        out = linear_logprob(hidden, weight, targets, ref_hidden=ref, backend=backend)
+    def mine(backend: str | None, memory: str = "auto"):
+        out = linear_logprob(
+            hidden, weight, targets, ref_hidden=ref, memory=memory, backend=backend
+        )
         return (out.logprobs, out.entropy, out.kl)[: 3 if has_ref else 2]
 
     def cross_entropy():
@@ -120,6 +124,8 @@ def calls(tensors: Inputs, mode: str) -> dict:
     functions["eager"] = lambda: plain(hidden, weight, targets, ref)
     functions["torch.compile"] = lambda: _compiled()(hidden, weight, targets, ref)
     absent = {}
+    if backward:
+        functions["saved"] = functools.partial(mine, None, "save")
     peers = {
         "linear_cross_entropy (logprob only)": ("torch", cross_entropy),
         "liger (logprob only)": ("liger_kernel", liger),

@@ -28,7 +28,13 @@ from benchmarks.harness import Record, read  # noqa: E402
 
 INK, FAINT = "#22272e", "#d7dce2"
 # Ours are saturated, peers are muted; all keep apart in greyscale and for colour-blind readers.
-OURS = {"cuda": "#0b6e4f", "triton": "#1f9e89", "cpu": "#0b6e4f", "reference": "#7f9cc0"}
+OURS = {
+    "cuda": "#0b6e4f",
+    "triton": "#1f9e89",
+    "cpu": "#0b6e4f",
+    "saved": "#52a675",
+    "reference": "#7f9cc0",
+}
 PEERS = ("#c8553d", "#8d6a9f", "#b08d3c", "#6b7280", "#a65e8a", "#4f7cac")
 FLOORS = {"copy", "product", "bare product", "F.linear"}  # thin: limits, not alternatives
 STYLE = {

@@ -26,6 +26,7 @@ OP_COLUMNS = ("op", "mode", "shape", "dtype", "ours", "ours ms", "best peer", "p
 PPO_COLUMNS = ("method", "shape", "models GiB", "held GiB", "peak GiB", "planned GiB",
                "s/sample")  # fmt: skip
 CEILINGS = "ceilings"
+VARIANTS = ("saved",)  # ours by another setting than the default: no peer
 LIMITS = ("copy", "product", "bare product", "F.linear")  # what bounds an op, not an alternative
 
 
@@ -85,7 +86,7 @@ def op_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = {r["backend"] for r in group if r["backend"] in OURS}
         own = own - {"reference"} or own
         mine = [r for r in timed if r["backend"] in own]
-        peers = [r for r in timed if r["backend"] not in (*OURS, *LIMITS)]
+        peers = [r for r in timed if r["backend"] not in (*OURS, *VARIANTS, *LIMITS)]
         row: dict[str, Any] = dict.fromkeys(OP_COLUMNS)
         row |= {"op": op, "mode": mode, "shape": shape, "dtype": dtype}
         if mine:
