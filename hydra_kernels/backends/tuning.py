@@ -12,9 +12,9 @@ holds what was measured to be better, a row a kernel, architecture and range of 
 The first row that fits wins. Nothing is ever timed at a user's call unless ``HYDRA_AUTOTUNE=1``:
 then the first call of each size (to the next power of two) on a GPU compiles every candidate, side
 by side, runs each, leaves out those whose outputs are not the default's, and the process keeps the
-fastest of the rest. With
-``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a file that is there is read
-before the package's: it has the same form, so that rows worth keeping are copied over as they are.
+fastest of the rest. With ``HYDRA_TUNING_FILE`` set, rows found are added to that file, and a file
+that is there is read before the package's: it has the same form, so that rows worth keeping are
+copied over as they are.
 """
 
 from __future__ import annotations
