@@ -18,8 +18,8 @@ MIB = 1024**2
 @dataclass(frozen=True)
 class Effort:
     rounds: int
-    seconds: float  # of one row; fewer rounds where one call is slow, but never fewer than 3,
-    #              or 2 where a call takes longer than SLOW
+    # Of one row: fewer rounds where a call is slow, but 3 at least, or 2 where it is past SLOW.
+    seconds: float
 
 
 SLOW = 2.0  # seconds
